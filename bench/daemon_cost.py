@@ -77,13 +77,16 @@ class Synthetic:
 
     def read(self, timeout: float) -> Any:
         for _ in range(64):
-            if not self._pause.acquire(timeout=timeout):
+            if not self._pause.acquire(timeout=min(timeout, 0.1)):
                 return
             batch = next(self._batches, None)
             if batch is None:
                 self.done.set()
                 return
             yield wire.decode_batch(batch)
+
+    def wake(self) -> None:
+        pass
 
     def want_packets(self, wanted: bool) -> None:
         pass

@@ -76,9 +76,12 @@ class Piped:
     def read(self, timeout: float) -> Iterator[Any]:
         size = self._file.read(4)
         if not size:
-            time.sleep(timeout)
+            time.sleep(min(timeout, 0.1))
             return
         yield wire.decode_batch(self._file.read(int.from_bytes(size, "little")))
+
+    def wake(self) -> None:
+        pass
 
     def want_packets(self, wanted: bool) -> None:
         pass

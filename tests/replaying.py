@@ -71,6 +71,9 @@ class Replay:
     def stats(self) -> dict[str, object]:
         return {}
 
+    def wake(self) -> None:
+        """Do nothing: read() never waits long."""
+
     def want_packets(self, wanted: bool) -> None:
         """All records are of packets."""
 

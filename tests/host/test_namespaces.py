@@ -238,3 +238,28 @@ def test_few_descriptors_are_enough_for_its_own_namespace(namespaces: Any, engin
     child = engine(24)
     assert child.stdout.readline().startswith("told")
     assert captured(child) == {netns.own()}
+
+
+WAITS = """
+import threading, time
+from nlproto.engines.packet import PacketEngine
+
+def waited(engine, timeout):
+    began = time.monotonic()
+    list(engine.read(timeout))
+    return time.monotonic() - began
+
+with PacketEngine(print, everywhere=False) as engine:
+    engine.wake()
+    print(waited(engine, 60), waited(engine, 0.5), flush=True)
+engine.wake()
+"""
+
+
+def test_a_read_waits_for_packets_and_for_whoever_wakes_it() -> None:
+    """In a namespace without packets. After its end nothing is left to wake."""
+    command = ["unshare", "-n", sys.executable, "-c", WAITS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    woken, alone = map(float, done.stdout.split())
+    assert woken < 30
+    assert alone >= 0.5

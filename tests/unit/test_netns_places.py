@@ -147,10 +147,11 @@ def test_a_namespace_that_could_not_be_opened_is_tried_again(
             raise OSError(12, "Cannot allocate memory")
         return Opened(inode)
 
-    places = CapturedNamespaces(make, OWN, lambda text: None, proc([OWN, 7]))
+    changed = threading.Event()
+    places = CapturedNamespaces(make, OWN, lambda text: None, proc([OWN, 7]), changed=changed.set)
     places.start()
     try:
-        assert until(lambda: places.left_out == 0, 20)
+        assert changed.wait(20)
         assert [inode for inode, _ in places.changes()] == [7]
     finally:
         places.close()

@@ -159,7 +159,10 @@ class Reading(Replay):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reading = threading.Event()
+        self.reading, self.woken = threading.Event(), threading.Event()
+
+    def wake(self) -> None:
+        self.woken.set()
 
     def read(self, timeout: float) -> Iterator[Any]:
         self.reading.set()
@@ -176,10 +179,11 @@ def test_a_reading_engine_is_told_that_somebody_waits(ask: str) -> None:
         assert engine.reading.wait(60) and not engine.awaited()
         if ask == "barrier":
             pipeline.barrier(passed.set)
-            assert passed.wait(60)
+            assert passed.wait(60) and engine.woken.is_set()
         elif ask == "switch":
             pipeline.switch(Replay(), 60)
-            assert engine.closed.is_set()
+            assert engine.closed.is_set() and engine.woken.is_set()
+    assert engine.woken.is_set()
 
 
 def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees() -> None:

@@ -58,6 +58,9 @@ class Quiet:
             yield self.batches.pop(0)
         self.pause.wait(min(timeout, 0.01))
 
+    def wake(self) -> None:
+        pass
+
     def want_packets(self, wanted: Any) -> tuple[()]:
         return ()
 

@@ -42,6 +42,7 @@ __all__ = ["EbpfEngine"]
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
+_LONGEST = 0.1  # s of a read: nothing wakes the reader for events of processes
 _POLL = 0.02  # s. The programs wake the reader only for the first record after a pause
 _LATE = 0.2  # s that a record may take from its number to its place in the ring
 _COLLECT = 1.0  # s between two sweeps
@@ -245,6 +246,7 @@ class EbpfEngine:
 
     def read(self, timeout: float) -> Iterator[Event]:
         """See Engine."""
+        timeout = min(timeout, _LONGEST)
         self._collect()
         records = self._take()
         if not len(records) and not any(len(cpu.held) for cpu in self._cpus.values()):
@@ -291,6 +293,9 @@ class EbpfEngine:
             self._links.look()
         took = time.monotonic() - now
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
+
+    def wake(self) -> None:
+        """Do nothing: read() never waits long."""
 
     def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""

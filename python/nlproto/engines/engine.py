@@ -48,6 +48,10 @@ class Engine(Protocol):
         """
         ...
 
+    def wake(self) -> None:
+        """End a read() that would wait longer than 0.1 s. From any thread, also after the end."""
+        ...
+
     def want_first_bytes(self, wanted: bool) -> bool:
         """Start or stop sending packets' first bytes; return whether it can. From any thread."""
         ...

@@ -19,6 +19,7 @@ from nlproto.records.wire import Batch, Event, FlowBatch, lib
 __all__ = ["ModuleEngine"]
 
 _CUTS = 64  # the most changes of the group that are remembered; older batches are lost
+_LONGEST = 0.1  # s of a read
 _BURST = 64  # the most messages in one read(), so that the caller gets a turn in a flood
 
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
@@ -97,7 +98,7 @@ class ModuleEngine:
         """See Engine. Begins with the processes that the module already knows."""
         known, self._known = self._known, []
         yield from known
-        timeout = 0.0 if known else timeout
+        timeout = 0.0 if known else min(timeout, _LONGEST)
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
@@ -156,6 +157,9 @@ class ModuleEngine:
     def _cut(self) -> None:
         """Add a cut at `opening`. Older ones are dropped when the kernel's queue was empty."""
         self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
+
+    def wake(self) -> None:
+        """Do nothing: read() never waits long."""
 
     def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""

@@ -46,7 +46,7 @@ class CapturedNamespaces(Generic[P]):
     """Calls `make(inode, path, ours)` for each namespace but `own`, in its own thread.
 
     `ours`: whether it belongs to our own user namespace, or root's. The reader calls changes(), and
-    closes what it no longer uses.
+    closes what it no longer uses. `changed` is called when there are some, in the same thread.
     """
 
     def __init__(
@@ -56,11 +56,13 @@ class CapturedNamespaces(Generic[P]):
         notify: Callable[[str], None],
         proc: Path = procfs.PROC,
         finder: netns.Finder | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._make = make
         self._own = own
         self._notify = notify
         self._proc = proc
+        self._changed = changed
         self._finder = netns.Finder(proc) if finder is None else finder
         self._owns_finder = finder is None
         self._owners: dict[int, int | None] = {own: None}
@@ -152,6 +154,7 @@ class CapturedNamespaces(Generic[P]):
         for inode in [one for one in self._open if one not in chosen]:
             self._open.pop(inode)
             self._changes.append((inode, None))
+            self._changed()
         now = time.monotonic()
         self._refused = {one: at for one, at in self._refused.items() if one in found}
         self._found = len(found)
@@ -186,6 +189,7 @@ class CapturedNamespaces(Generic[P]):
             return
         self._open[inode] = place
         self._changes.append((inode, place))
+        self._changed()
 
     def _tell(self, kind: str, text: str) -> None:
         now = time.monotonic()

@@ -39,6 +39,7 @@ from nlproto.running.budget import Patience, UserBudgets
 from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
+from nlproto.running.wakeup import Wakeup
 
 __all__ = ["PacketEngine"]
 
@@ -49,6 +50,7 @@ _OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered flows, in a namespac
 _SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
 _LOOK_SHARE = 100  # the time between two walks is at least this many times the last one's
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody requested
+_TRY_AGAIN_S = 0.1
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
 _ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood,
@@ -153,6 +155,8 @@ class PacketEngine(Closing):
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
+        self._wakeup = Wakeup()
+        self._wakeup.register(self._poll)
         self._by_fd: dict[int, _Capture] = {}
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
@@ -169,7 +173,9 @@ class PacketEngine(Closing):
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
-        self._others = CapturedNamespaces(self._open_other, self._own, notify, proc, finder)
+        self._others = CapturedNamespaces(
+            self._open_other, self._own, notify, proc, finder, self.wake
+        )
         self.opening = self._position()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         try:
@@ -190,6 +196,7 @@ class PacketEngine(Closing):
         self._others.close(self._places.values())
         if self._owns_holders:
             self._holders.close()
+        self._wakeup.close()
         self._places.clear()
         self._by_fd.clear()
 
@@ -295,12 +302,15 @@ class PacketEngine(Closing):
             except descriptors.NoDescriptors as error:  # known flows go on
                 self._walk_again_ns = now + _WALK_NS
                 self._failures.add(error)
-        ready = self._poll.poll(min(timeout, 0.1) * 1000)
+            # a walk that may not begin yet is tried again soon
+            timeout = min(timeout, max(_TRY_AGAIN_S, (self._walk_again_ns - now) / 1e9))
+        polled = self._poll.poll(timeout * 1000)
+        ready = [fd for fd, _event in polled if not self._wakeup.clear(fd)]
         if not ready:
             return
         now = self._now_ns()
         self._heard = True
-        places = self._in_order(self._by_fd[fd] for fd, _event in ready)
+        places = self._in_order(self._by_fd[fd] for fd in ready)
         own, others = (self._patience(time_ns) for time_ns in (_SOON_NS, 2 * _SOON_NS))
         for _ in range(_ROUNDS):
             got = False
@@ -417,6 +427,10 @@ class PacketEngine(Closing):
         heads["boot_ns"] = clock.boot_ns(mono)
         head: np.void = heads[0]
         return head
+
+    def wake(self) -> None:
+        """See Engine."""
+        self._wakeup.wake()
 
     def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""

@@ -50,7 +50,8 @@ _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # the most batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)
-_POLL, _IDLE = 0.1, 1.0  # s, longest wait of the receiver; of the worker, which is woken
+_POLL = 0.1  # s, between two looks for an engine that replaces one that failed
+_IDLE = 1.0  # s, longest wait of the worker, which is woken
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ class Pipeline:
     def stop(self) -> None:
         """Read the rest of the engine's stream, hand all to the subscribers, end both threads."""
         self._stopping.set()
+        self._engine.wake()
         self._receiver.join()
         self.queue.close()
         self._worker.join()
@@ -213,6 +215,7 @@ class Pipeline:
         It holds for everything recorded after a later barrier(). No record is lost or added twice.
         """
         self._packets = wanted
+        self._engine.wake()
 
     def switch(self, engine: Engine, timeout: float = 2.0) -> None:
         """Replace the engine by another open one, which is the pipeline's then; the old one ends.
@@ -221,12 +224,14 @@ class Pipeline:
         """
         self._switched.clear()
         self._next = engine
+        self._engine.wake()
         self._switched.wait(timeout)
 
     def barrier(self, passed: Callable[[], None]) -> None:
         """Call `passed` in the worker when all packets recorded until now went to subscribers."""
         with self._barrier_lock:
             self._barriers.append(_Barrier(passed))
+        self._engine.wake()
 
     # Receiver thread
 
@@ -254,7 +259,7 @@ class Pipeline:
             elif self.failed:
                 self._stopping.wait(_POLL)
             else:
-                self._read(self._engine.read(_POLL))
+                self._read(self._engine.read(max(0.0, self._asked + _ASK - time.monotonic())))
         finally:
             for marker in markers:
                 self.queue.put(marker, 0)
