@@ -82,6 +82,34 @@ def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(
         each.close()
 
 
+def test_answers_are_made_one_after_another_and_none_for_who_has_gone(tmp_path: Path) -> None:
+    begun, going_on, done = threading.Semaphore(0), threading.Event(), []
+    at_once: list[None] = []
+
+    def figures() -> Any:
+        at_once.append(None)
+        most = len(at_once)
+        begun.release()
+        going_on.wait(30)
+        at_once.pop()
+        done.append(most)
+        return FIGURES
+
+    path = str(tmp_path / "m")
+    with Metrics(Config(metrics=path), figures):
+        held = [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n")]
+        assert begun.acquire(timeout=30)
+        held += [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(30)]
+        until(lambda: _threads() > 8)
+        going_on.set()
+        assert b"200 OK" in held[-1].recv(100)
+        for one in held:
+            one.close()
+        until(lambda: not _threads())
+    assert max(done) == 1
+    assert len(done) <= 20
+
+
 def _scraped(metrics: Any) -> dict[tuple[Any, ...], Any]:
     return {
         (one.name, *one.labels.values()): one.value

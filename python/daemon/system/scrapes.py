@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
@@ -58,7 +59,7 @@ class _Quiet(WSGIRequestHandler):
             multithread=True,
         )
         handler.request_handler = self  # type: ignore[attr-defined]
-        handler.run(self.server.get_app())  # type: ignore[attr-defined]
+        handler.run(partial(self.server.make, self.request))  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -70,7 +71,8 @@ class _Quiet(WSGIRequestHandler):
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     """A thread for each of the last _AT_ONCE connections. A new one closes the oldest.
 
-    All together have a small part of a CPU, because on TCP any user can ask.
+    All together have a small part of a CPU, because on TCP any user can ask. Answers are made one
+    after another: together they would hold up the threads that record.
     """
 
     daemon_threads = True
@@ -81,7 +83,15 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self._allowance = Allowance(share=0.1)
         self._connections: OrderedDict[socket.socket, None] = OrderedDict()
         self._changing = threading.Lock()
+        self._making = threading.Lock()
         super().__init__(*arguments)
+
+    def make(self, request: Any, environ: dict[str, Any], start_response: Any) -> Any:
+        """Return the answer, unless the connection was closed for a new one meanwhile."""
+        with self._making:
+            if request not in self._connections:
+                raise ConnectionAbortedError
+            return self.get_app()(environ, start_response)  # type: ignore[misc]
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         super().process_request_thread(request, client_address)
