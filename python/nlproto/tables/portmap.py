@@ -289,8 +289,9 @@ class PortMap:
         """Return the owners of listeners and unconnected UDP sockets, at most `limit`."""
         with self._lock:
             columns = self._columns
-            rows = np.flatnonzero(columns["live"] & columns["listening"])[:limit]
-            return [self._owner(row) for row in rows.tolist()]
+            at = np.flatnonzero(columns["live"] & columns["listening"])[:limit]
+            rows = self._table.take(at, _ROW)
+        return _owners(rows)
 
     def _at_port(self, port: int) -> np.ndarray:
         rows = np.empty(self.count(port), np.int64)
