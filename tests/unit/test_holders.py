@@ -15,7 +15,7 @@ import pytest
 from nlproto.host import holders, procfs
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import KernelSockets
-from waiting import noting
+from waiting import noting, until
 
 
 @pytest.fixture
@@ -264,6 +264,32 @@ def test_the_youngest_are_asked_without_the_list_of_all(
     inode = tell()
     monkeypatch.setattr(procfs, "pids", None)
     assert [one.identity.tgid for one in finder.find_soon(inode, 0)] == [child]
+
+
+def test_processes_are_listed_again_only_where_one_came_or_went(
+    newborn: Newborn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packet of a known socket need not cost a list of thousands."""
+    listed, ahead_ns, pids = [], [0], procfs.pids
+
+    def counted(proc: Path) -> list[int]:
+        listed.append(proc)
+        return pids(proc)
+
+    monkeypatch.setattr(procfs, "pids", counted)
+    finder = Holders(now_ns=lambda: time.monotonic_ns() + ahead_ns[0])
+
+    def quiet() -> bool:
+        for _ in range(3):
+            ahead_ns[0] += 1_000_000_000
+            del listed[:]
+            finder._ask_born(0)
+        return not listed
+
+    until(quiet, 20, "three looks between two births on this machine")
+    child, _ = newborn()
+    finder._ask_born(0)
+    assert child in finder._known
 
 
 def test_a_thread_is_no_process() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,7 @@ _MANY = 500
 _WALK_GAIN = 16  # a walk checks this many sockets in the time in which find() checks one
 _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
+_APPEARS_NS = 100_000_000  # a process has its number some moments before /proc shows it
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 _FEW, _AT_ONCE = 16, 4  # processes that are read when the youngest come first; at a time
@@ -74,6 +76,10 @@ class Holders:
         self._young: dict[int, int] = {}
         self._sole: dict[int, int] = {}
         self._listed_ns = 0
+        self._there: tuple[int, int] | None = None
+        """How many processes there are and which is the newest."""
+        self._there_ns = 0
+        """Since when this is so."""
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, tuple[int, int]] = {}
         """Who held it was asked in vain: how often, and until when it is not asked again."""
@@ -372,6 +378,8 @@ class Holders:
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
+        if self._none_born(now):
+            return
         alive = procfs.pids(self._proc)
         with self._lock:
             born = [pid for pid in alive if pid not in self._known]
@@ -383,6 +391,15 @@ class Holders:
             self._ask(born)
         else:
             self._welcome(born, now)
+
+    def _none_born(self, now: int) -> bool:
+        """Whether the last list of all processes still holds: none has come or gone since."""
+        newest = self._births.last()
+        there = (os.stat(self._proc).st_nlink, newest) if newest else None
+        with self._lock:
+            if there is None or there != self._there:
+                self._there, self._there_ns = there, now
+            return there is not None and self._listed_ns > self._there_ns + _APPEARS_NS
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
         """Read the youngest processes, new ones or known: one may live a millisecond.
