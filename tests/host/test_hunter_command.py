@@ -216,6 +216,23 @@ def test_the_summary_alone_is_the_table_alone(script: list[Any], heard: Any) -> 
     assert " > " not in done.stdout and " shown = " in done.stderr
 
 
+def test_a_program_is_called_as_it_was_run_and_its_file_is_told_too(
+    tmp_path: Path, heard: Any
+) -> None:
+    """As redis-server, which is a link to redis-check-rdb."""
+    program, link = os.path.realpath(sys.executable), tmp_path / "other-name"
+    link.symlink_to(program)
+    send = f"""
+import socket, time
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.sendto(b"x", ("127.0.0.1", {heard}))
+time.sleep(0.5)
+"""
+    done = hunt("--engine", "packet", "--summary", f"port {heard}", "--", link, "-c", send)
+    (line,) = (one for one in done.stdout.splitlines() if "other-name" in one)
+    assert line.split()[-2:] == ["other-name", program]
+
+
 @pytest.mark.parametrize("extra", [["--print"], ["--json"], ["--save", "-", "--format", "csv"]])
 def test_beside_other_output_the_summary_goes_to_stderr(
     extra: list[str], script: list[Any], heard: Any
