@@ -23,6 +23,7 @@ enum { false, true };
 
 #define AF_INET			2
 #define AF_INET6		10
+#define AF_PACKET		17
 #define IPPROTO_TCP		6
 #define IPPROTO_UDP		17
 #define IPPROTO_MPTCP		262

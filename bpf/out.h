@@ -106,6 +106,13 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		answer(r, 0, skb->skb_iif);
 		return;
 	}
+	/* a frame that a process made itself; Netfilter sees none of these */
+	if (parts && sk->__sk_common.skc_family == AF_PACKET) {
+		r->how = SNIFFER_HOW_NO_SOCKET;
+		if (trusted)
+			out_context(r, 0, 0);
+		return;
+	}
 	about_socket(sk, &a);
 	if (a.full && a.servers && is_kernel(sk)) {
 		if (sk->sk_type == SOCK_STREAM)

@@ -153,6 +153,23 @@ def test_a_listener_older_than_the_engine_names_its_connections(
     assert len(ours) and set(ours["tgid"].tolist()) == {os.getpid()}
 
 
+@pytest.mark.parametrize("proto", [socket.IPPROTO_TCP, socket.IPPROTO_UDP])
+def test_a_frame_that_a_process_made_is_its_own(engine: Engine, proto: int) -> None:
+    """Netfilter sees none. In parts they were the kernel's, or their socket predated."""
+    if not why_in_parts():
+        pytest.skip("only in parts: nothing else sees what a packet socket sends")
+    port = 9
+    loopback = socket.inet_aton("127.0.0.1")
+    transport = struct.pack("!HHIIBBHHH", port, port, 20 << 16, 0, 5 << 4, 2, 64, 0, 0)
+    head = struct.pack("!BBHIBBH", 0x45, 0, 20 + len(transport), 0, 64, proto, 0)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(head + 2 * loopback + transport, ("lo", 0x0800, 0, 0, bytes(6)))
+    records = records_of(engine, Account())
+    ours = records[(records["sport"] == port) & (records["dport"] == port)]
+    sent = ours[ours["dir"] == lib.SNIFFER_DIR_OUT]
+    assert sent["tgid"].tolist() == [os.getpid()]
+
+
 def test_loss_is_counted_to_the_record() -> None:
     from nlproto.engines.ebpf import EbpfEngine
 
