@@ -122,7 +122,7 @@ int part_release(struct bpf_sock *sk)
 	struct owner *o = owner_find(cookie);
 
 	owner_release(cookie);
-	if (o && sk->protocol != IPPROTO_TCP)
+	if (o && sk->protocol != IPPROTO_TCP && sk->protocol != IPPROTO_MPTCP)
 		o->dead = bpf_ktime_get_ns();
 	return 1;
 }
@@ -139,6 +139,11 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 	struct sock *whole;
 	u64 cookie, via;
 
+	if (sk->sk_protocol == IPPROTO_MPTCP && newstate == TCP_CLOSE) {
+		o = owner_find(sk->__sk_common.skc_cookie.counter);
+		if (o)
+			o->dead = bpf_ktime_get_ns();
+	}
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 	if (newstate == TCP_LISTEN) {
