@@ -126,6 +126,7 @@ def test_options_that_make_no_sense_together_are_refused(words: list[str]) -> No
         ["--engine", "x"],
         ["-Q", "up"],
         ["who", "80800"],
+        ["who", "\udcff"],
         ["who", "--since", "25:00"],
         ["who", "--since", "9999-01-01"],
         ["who", "--by", "colour"],

@@ -470,3 +470,10 @@ def test_patterns_of_strangers_stay_in_no_cache() -> None:
     for number in range(50):
         parse(f'pname "*{number}*"').mask(BATCH)
     assert stand_in(fnmatch)._compile_pattern.cache_info().currsize == before
+
+
+@pytest.mark.parametrize("word", ["port", "uid", "host"])
+@pytest.mark.parametrize("name", ["\udcff", "a\0b"])
+def test_names_that_no_library_takes_are_refused(word: str, name: str) -> None:
+    with pytest.raises(FilterError):
+        parse(f"{word} '{name}'")

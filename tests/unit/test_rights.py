@@ -29,3 +29,4 @@ def test_root_and_the_group_see_everything(uid: int, groups: Any, everything: bo
 def test_without_the_group_only_root_sees_everything() -> None:
     assert not Peer(1, 1000, frozenset({77})).sees_everything(None)
     assert group_id("no-such-group-here") is None
+    assert group_id("a\0b") is None

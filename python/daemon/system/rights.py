@@ -57,5 +57,5 @@ def group_id(name: str) -> int | None:
     """Return the gid of a group; None if there is no such group."""
     try:
         return grp.getgrnam(name).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):
         return None

@@ -105,6 +105,6 @@ def port(text: str) -> int:
     for proto in ("tcp", "udp"):
         try:
             return socket.getservbyname(text, proto)
-        except OSError:
+        except (OSError, ValueError):  # bytes of a shell may be no text
             continue
     raise argparse.ArgumentTypeError(f"{text!r} is no port")

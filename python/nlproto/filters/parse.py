@@ -201,7 +201,7 @@ class _Builder:
             raise self._fail(f"{name!r} is no address", value)
         try:
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise self._fail(f"no address for {name!r} ({reason})", value) from None
         addresses = sorted({str(one[4][0]).partition("%")[0] for one in found})
@@ -247,7 +247,7 @@ class _Builder:
             for kind in [str(proto)] if proto in ("tcp", "udp") else ["tcp", "udp"]:
                 try:
                     return socket.getservbyname(name, kind)
-                except OSError:
+                except (OSError, ValueError):  # bytes of a shell may be no text
                     continue
         raise self._fail(f"{name!r} is no port", value)
 
@@ -266,7 +266,7 @@ class _Builder:
         if self._here and not name.isdigit():
             try:
                 uid = pwd.getpwnam(name).pw_uid
-            except KeyError:
+            except (KeyError, ValueError):
                 raise self._fail(f"no user {name!r}", value) from None
         else:
             uid = self._number(value, "uid")

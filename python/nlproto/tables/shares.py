@@ -83,7 +83,7 @@ def _range(line: bytes) -> tuple[int, int, int] | None:
         return None
     try:
         payer = int(owner) if owner.isdigit() else pwd.getpwnam(os.fsdecode(owner)).pw_uid
-    except (KeyError, OSError):
+    except (KeyError, OSError, ValueError):
         payer = low
     return low, high, payer if 0 < payer < NOBODY else low
 
