@@ -23,6 +23,7 @@ from nats.js.api import (
     StreamConfig,
 )
 
+from fleet import keys
 from fleet.options import FleetServer
 from fleet.subjects import CONSUMER, STREAM, SUBJECTS, inbox_of
 from nlproto.errors import Error
@@ -83,13 +84,7 @@ async def connect(
         except (OSError, ssl.SSLError) as error:
             raise Error(f"cannot read certificates in {server.ca}: {error}") from None
         tls.minimum_version = ssl.TLSVersion.TLSv1_2
-    seed = None
-    if server.nkey is not None:
-        try:
-            with open(server.nkey, encoding="ascii") as file:
-                seed = file.read().strip()
-        except (OSError, ValueError) as error:
-            raise Error(f"cannot read the nkey in {server.nkey}: {error}") from None
+    seed = None if server.nkey is None else keys.read(server.nkey)
     try:
         return await nats.connect(
             list(server.urls),

@@ -11,7 +11,10 @@ from fleet.subjects import CONSUMER, STREAM, inbox_of
 from fleet.wire import KINDS
 from nlproto.errors import Error
 
-__all__ = ["make", "user"]
+__all__ = ["make", "read", "user"]
+
+_LONGEST = 1000
+"""Characters of a file that may have a seed, of some 60."""
 
 _COLLECTS: tuple[str, ...] = (
     f"$JS.API.STREAM.INFO.{STREAM}",
@@ -38,6 +41,17 @@ def make(path: str) -> str:
         raise Error(f"cannot make the key {path}: {error.strerror}") from None
     public: bytes = nkeys.from_seed(bytearray(seed)).public_key
     return public.decode()
+
+
+def read(path: str) -> str:
+    """Return the seed in `path`. Raises Error."""
+    try:
+        with open(path, encoding="ascii") as file:
+            seed = file.read(_LONGEST).strip()
+        nkeys.from_seed(bytearray(seed, "ascii"))
+    except (OSError, ValueError, nkeys.NkeysError) as error:
+        raise Error(f"cannot read the nkey in {path}: {error}") from None
+    return seed
 
 
 def user(public: str, host: str | None) -> str:

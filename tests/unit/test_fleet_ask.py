@@ -371,9 +371,9 @@ def test_a_port_needs_no_word_as_with_who(
 
 @pytest.mark.parametrize(
     "words",
-    [["prot", "443"], ["99999"], ["port"], ["less", "9"], ["\udcff"], ["uid", "root"], ["--netns", "default"],
-     ["--host", "nonsense"], ["--since", "25:00"], ["--since", "5m", "--until", "10m"],
-     ["--by", "unit"], ["--html", "x"], ["--nonsense"]],
+    [["prot", "443"], ["99999"], ["port"], ["less", "9"], ["\udcff"], ["uid", "root"],
+     ["--netns", "default"], ["--host", "nonsense"], ["--since", "25:00"],
+     ["--since", "5m", "--until", "10m"], ["--by", "unit"], ["--html", "x"], ["--nonsense"]],
 )  # fmt: skip
 def test_a_bad_word_is_one_line_and_what_it_points_at(
     folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
