@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from nlproto.running.urgency import Urgency, go_before_others
-from replaying import Replay, pipeline_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go first")
 
@@ -70,44 +69,6 @@ def test_a_busy_thread_goes_back_into_the_queue() -> None:
         assert not first() and nice() == before
 
     in_a_thread(work)
-
-
-def test_what_is_busy_may_be_less_than_half_of_a_processor() -> None:
-    def work() -> None:
-        now, used = Time(), Time()
-        urgency = Urgency(now, used, share=4)
-        urgency.look()
-        now.now += 200_000_000
-        used.now += 60_000_000
-        urgency.look()
-        assert policy() == os.SCHED_OTHER
-        now.now += 200_000_000
-        used.now += 40_000_000
-        urgency.look()
-        assert first()
-
-    in_a_thread(work)
-
-
-def test_the_worker_goes_first_while_it_has_little_to_do() -> None:
-    """Whoever waits for a barrier waits for it."""
-    found, told = [], threading.Event()
-
-    def passed() -> None:
-        found.append((policy(), nice()))
-        told.set()
-
-    with pipeline_of(Replay()) as pipeline:
-        pipeline.barrier(passed)
-        assert told.wait(30)
-    in_a_thread(lambda: found.append(_as_first()))
-    assert found[0] == found[1]
-
-
-def _as_first() -> Any:
-    """Return class and nice value of a thread that goes first here."""
-    Urgency().look()
-    return policy(), nice()
 
 
 def test_the_class_is_real_time_where_that_is_allowed() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.filters.filter import Filter
-from nlproto.running.urgency import URGENT_SHARE, Urgency
+from nlproto.running.urgency import go_before_others
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Lane", "EncodedPiece", "Publisher", "Stream", "Subscriber"]
@@ -198,12 +198,11 @@ class Publisher:
     # The thread
 
     def _run(self) -> None:
-        urgency = Urgency(share=URGENT_SHARE) if self._allowance is None else None
+        if self._allowance is None:
+            go_before_others()
         meter = Meter(self._allowance)
         while True:
             self._rest(meter.pause())
-            if urgency is not None:
-                urgency.look()
             with self._changed:
                 self._changed.wait_for(lambda: self._rounds or self._until is not None)
                 lane = self._rounds.next()

@@ -18,7 +18,6 @@ from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.host.netns import Finder
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
-from nlproto.running.urgency import go_before_others
 from nlproto.tables.drops import Drops
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
@@ -71,7 +70,7 @@ class Watcher:
         self._drops = Drops()
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
-            target=lambda: keep_going(self._watch, self._failures, on_death),
+            target=lambda: keep_going(self._watch, self._failures, on_death, urgent=True),
             name="watcher",
             daemon=True,
         )
@@ -113,7 +112,6 @@ class Watcher:
                 stop()
 
     def _watch(self) -> bool:
-        go_before_others()
         with self.kernel:
             self._go_round()
         return False

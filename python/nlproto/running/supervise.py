@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from nlproto.errors import Error
 from nlproto.running.descriptors import none_left
-from nlproto.running.urgency import URGENT_SHARE, Urgency
+from nlproto.running.urgency import go_before_others
 
 __all__ = ["PATIENCE", "Failures", "described", "keep_going"]
 
@@ -93,12 +93,11 @@ def keep_going(
     """Call `turn` until it returns False, whatever it raises.
 
     If it only fails, without a clear() in between, died(error) is called in the end. `urgent`:
-    questions wait for this thread, and a turn is short.
+    questions wait for this thread.
     """
-    urgency = Urgency(share=URGENT_SHARE)
+    if urgent:
+        go_before_others()
     while not failures.hopeless:
-        if urgent:
-            urgency.look()
         try:
             if not turn():
                 return

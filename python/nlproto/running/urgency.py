@@ -17,10 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["URGENT_SHARE", "Urgency", "go_before_others"]
-
-URGENT_SHARE = 4
-"""For threads that questions wait for: several may be urgent at the same time."""
+__all__ = ["Urgency", "go_before_others"]
 
 _NICE = -10
 _PRIORITY = 1  # the lowest of the real-time class
@@ -47,16 +44,14 @@ class Urgency:
     """Gives one thread at a time precedence.
 
     It does nothing without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=). Nor for a
-    thread that somebody else gave a class. A thread that uses one `share`th of a processor is busy.
+    thread that somebody else gave a class.
     """
 
     def __init__(
         self,
         now_ns: Callable[[], int] = time.monotonic_ns,
         used_ns: Callable[[], int] = time.thread_time_ns,
-        share: int = _SHARE,
     ) -> None:
-        self._share = share
         self._now_ns = now_ns
         self._used_ns = used_ns
         self._thread = 0
@@ -78,7 +73,7 @@ class Urgency:
             self._go(calm=True)
         elif now - self._looked_ns >= _LOOK_NS:
             used = self._used_ns()
-            calm = (used - self._seen_ns) * self._share < now - self._looked_ns
+            calm = (used - self._seen_ns) * _SHARE < now - self._looked_ns
             self._looked_ns, self._seen_ns = now, used
             self._go(calm)
 
