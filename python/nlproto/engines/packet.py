@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from nlproto.engines.ring import Frames, PacketRing
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
 from nlproto.host.holders import Holders
-from nlproto.host.netns import Interfaces
+from nlproto.host.netns import Interfaces, LocalAddresses
 from nlproto.host.sockdiag import SockDiag
 from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records import wire
@@ -37,9 +36,9 @@ from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
 from nlproto.running.budget import Patience, UserBudgets
 from nlproto.running.closing import Closing
+from nlproto.running.descriptors import Wakeup
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
-from nlproto.running.wakeup import Wakeup
 
 __all__ = ["PacketEngine"]
 
@@ -52,7 +51,6 @@ _LOOK_SHARE = 100  # the time between two walks is at least this many times the 
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody requested
 _TRY_AGAIN_S = 0.1
 _REFRESH_NS = 1_000_000_000
-_MISS_NS = 50_000_000
 _ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood,
 _ROUNDS_NS = 50_000_000  # and the longest time of them
 _AT_ONCE = 8192
@@ -67,39 +65,6 @@ _INITIAL_PIDNS = 0xEFFFFFFC
 _SYN, _ACK = 2, 16
 
 
-class _Addresses:
-    """Local addresses and twice-tapped interfaces of a network namespace, read when stale."""
-
-    def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
-        self._interfaces = interfaces
-        self._now_ns = now_ns
-        self._read_ns = 0
-        self._addresses: set[bytes] = set()
-        self.duplicating: np.ndarray = np.zeros(0, np.uint32)
-        self.refresh()
-
-    def refresh(self, older_ns: int = 0) -> None:
-        now = self._now_ns()
-        if now - self._read_ns < older_ns:
-            return
-        self._read_ns = now
-        with contextlib.suppress(Error, OSError):
-            self._addresses = self._interfaces.addresses()
-            self.duplicating = np.array(sorted(self._interfaces.duplicating()), np.uint32)
-
-    def is_local(self, family: int, address: bytes) -> bool:
-        if family == socket.AF_INET:
-            first = address[0]
-            if first == 127 or first >= 224 or not any(address):
-                return True
-        elif address[0] == 0xFF:
-            return True
-        if address in self._addresses:
-            return True
-        self.refresh(_MISS_NS)
-        return address in self._addresses
-
-
 @dataclass(slots=True)
 class _Capture:
     """Everything of one network namespace. Created inside it."""
@@ -107,7 +72,7 @@ class _Capture:
     capture: PacketRing
     diag: SockDiag | None
     interfaces: Interfaces
-    addresses: _Addresses
+    addresses: LocalAddresses
     names: PacketNames
     nat: ConntrackLookup
     large: bool = False
@@ -224,7 +189,7 @@ class PacketEngine(Closing):
                 capture = undo.enter_context(PacketRing(inode, ring_bytes))
                 interfaces = undo.enter_context(Interfaces())
                 diag = self._open_diag() if self._use_diag else None
-                addresses = _Addresses(interfaces, self._now_ns)
+                addresses = LocalAddresses(interfaces, self._now_ns)
                 net = path.parent.parent / "net"
                 nat = ConntrackLookup(self._now_ns, inode == self._own)
                 local = addresses.is_local

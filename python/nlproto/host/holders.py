@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,13 +40,10 @@ _LARGE = 1000  # who has more sockets is asked only if there was traffic of thei
 _TRAFFIC_NS = 10_000_000_000
 _IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000  # or for this part of the time
 _STALE = 65536  # sockets that have gone and may be kept until all are asked
-_MISSING_LIMIT = 65536
-_MANY = 500
+_MISSING_LIMIT, _MANY, _GENERATIONS = 65536, 500, 8
 _WALK_GAIN = 16  # a walk checks this many sockets in the time in which find() checks one
-_GENERATIONS = 8
-_BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
+_BORN_NS, _BORN_SHARE = 10_000_000, 10  # between two looks for the newborn, and of the time
 _APPEARS_NS = 100_000_000  # a process has its number some moments before /proc shows it
-_BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 _FEW, _AT_ONCE = 16, 4  # processes that are read when the youngest come first; at a time
 _INHERITED_NS = 200_000_000  # for so long the birth of a process may still give it a socket
@@ -76,10 +72,6 @@ class Holders:
         self._young: dict[int, int] = {}
         self._sole: dict[int, int] = {}
         self._listed_ns = 0
-        self._there: tuple[int, int] | None = None
-        """How many processes there are and which is the newest."""
-        self._there_ns = 0
-        """Since when this is so."""
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, tuple[int, int]] = {}
         """Who held it was asked in vain: how often, and until when it is not asked again."""
@@ -378,7 +370,7 @@ class Holders:
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
-        if self._none_born(now):
+        if self._births.none_since(self._listed_ns - _APPEARS_NS, now):
             return
         alive = procfs.pids(self._proc)
         with self._lock:
@@ -391,15 +383,6 @@ class Holders:
             self._ask(born)
         else:
             self._welcome(born, now)
-
-    def _none_born(self, now: int) -> bool:
-        """Whether the last list of all processes still holds: none has come or gone since."""
-        newest = self._births.last()
-        there = (os.stat(self._proc).st_nlink, newest) if newest else None
-        with self._lock:
-            if there is None or there != self._there:
-                self._there, self._there_ns = there, now
-            return there is not None and self._listed_ns > self._there_ns + _APPEARS_NS
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
         """Read the youngest processes, new ones or known: one may live a millisecond.

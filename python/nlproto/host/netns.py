@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from nlproto._host import ffi, lib
 from nlproto.errors import Error, NoPrivilege, UsageError
 from nlproto.host import procfs
@@ -33,6 +35,7 @@ __all__ = [
     "UNKNOWN_OWNER",
     "Finder",
     "Interfaces",
+    "LocalAddresses",
     "Namespace",
     "choose",
     "find",
@@ -56,6 +59,7 @@ _YOUNG_NS = 2_000_000_000
 """A process that will enter another namespace does so soon after its birth."""
 _ROUND_NS, _SHARE = 1_000_000_000, 500
 """Reading all others takes at least so long, and at most this part of the time."""
+_MISS_NS = 50_000_000  # between two readings of addresses for one that is not known
 _NAMES_NS = 5_000_000_000  # between two readings of names that have not changed
 
 NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
@@ -401,3 +405,39 @@ class Interfaces(Closing):
             if port.decode("ascii", "replace") in _DUPLICATING_PORTS or kind == "vrf":
                 found.add(index)
         return found
+
+
+class LocalAddresses:
+    """Local addresses and twice-tapped interfaces of a network namespace, read when stale."""
+
+    def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
+        self._interfaces = interfaces
+        self._now_ns = now_ns
+        self._read_ns = 0
+        self._addresses: set[bytes] = set()
+        self.duplicating: np.ndarray = np.zeros(0, np.uint32)
+        """Numbers of the interfaces whose packets another one has too."""
+        self.refresh()
+
+    def refresh(self, older_ns: int = 0) -> None:
+        """Read them again if the last time is so long ago."""
+        now = self._now_ns()
+        if now - self._read_ns < older_ns:
+            return
+        self._read_ns = now
+        with suppress(Error, OSError):
+            self._addresses = self._interfaces.addresses()
+            self.duplicating = np.array(sorted(self._interfaces.duplicating()), np.uint32)
+
+    def is_local(self, family: int, address: bytes) -> bool:
+        """Return whether the `family`'s `address` (4 or 16 bytes) is one of this namespace."""
+        if family == socket.AF_INET:
+            first = address[0]
+            if first == 127 or first >= 224 or not any(address):
+                return True
+        elif address[0] == 0xFF:
+            return True
+        if address in self._addresses:
+            return True
+        self.refresh(_MISS_NS)
+        return address in self._addresses

@@ -235,6 +235,9 @@ class Births:
     """
 
     def __init__(self, proc: Path = PROC) -> None:
+        self._proc = proc
+        self._seen: tuple[int, int] | None = None
+        self._since_ns = 0
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
@@ -252,6 +255,14 @@ class Births:
             return int(os.pread(self._fd, 128, 0).split()[-1])
         except (OSError, IndexError, ValueError):
             return 0
+
+    def none_since(self, at_ns: int, now_ns: int) -> bool:
+        """Return whether calls since before `at_ns` say that no process has come or gone."""
+        newest = self.last()
+        seen = (os.stat(self._proc).st_nlink, newest) if newest else None
+        if seen is None or seen != self._seen:
+            self._seen, self._since_ns = seen, now_ns
+        return seen is not None and self._since_ns < at_ns
 
 
 def is_process(number: int) -> bool:

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from nlproto.records.wire import lib, taken
 from nlproto.running.budget import Budget, Patience
 from nlproto.tables.flows import address_bytes, group, unnamed_places
 
-__all__ = ["Namer"]
+__all__ = ["Namer", "RecordNamer"]
 
 _OPEN = (lib.SNIFFER_HOW_PREDATES, lib.SNIFFER_HOW_NOT_PROBED)
 """Reasons for which user space may find a name."""
@@ -50,6 +50,13 @@ class _Found:
     owners: tuple[Owner, ...]
     asked_ns: int
     listening: bool = False
+
+
+class RecordNamer(Protocol):
+    """What names records in user space: Namer, or what a client's daemon knows."""
+
+    def name(self, records: np.ndarray) -> None:
+        """Fill in owner, `how` and `flags` of the RECORDs that the engine could not name."""
 
 
 class Namer:

@@ -20,6 +20,7 @@ import numpy as np
 from nlproto.engines.engine import Engine, Event
 from nlproto.errors import Error
 from nlproto.pipeline.account import Account
+from nlproto.pipeline.naming import RecordNamer
 from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records.batch import NamedBatch
@@ -42,7 +43,7 @@ from nlproto.tables.flows import group, settle_opened, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
-__all__ = ["RecordNamer", "Pipeline", "QUEUE_BYTES"]
+__all__ = ["QUEUE_BYTES", "Pipeline"]
 
 QUEUE_BYTES = 64 << 20
 """Room for batches between receiver and worker."""
@@ -55,13 +56,6 @@ _IDLE = 1.0  # s, longest wait of the worker, which is woken
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
-
-
-class RecordNamer(Protocol):
-    """What names records in user space: Namer."""
-
-    def name(self, records: np.ndarray) -> None:
-        """Fill in owner, `how` and `flags` of the RECORDs that the engine could not name."""
 
 
 class Hears(Protocol):

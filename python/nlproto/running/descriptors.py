@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""File descriptors: the highest limit, shares for each use, and errors when none is left.
+"""File descriptors: the highest limit, shares for each use, errors when none is left, one to wake.
 
 Sources: man 2 getrlimit, man 5 systemd.exec (LimitNOFILE: raise the soft limit, avoid select()).
 """
@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
+import select
+import threading
 from collections.abc import Iterator
 
 from nlproto.errors import Error
 
-__all__ = ["NoDescriptors", "lower_limit", "namespaces", "none_left", "or_error", "raise_limit"]
+__all__ = [
+    "NoDescriptors",
+    "Wakeup",
+    "lower_limit",
+    "namespaces",
+    "none_left",
+    "or_error",
+    "raise_limit",
+]
 
 _PER_NETNS = 10
 """Ring, sock_diag, rtnetlink, conntrack of the engine; of watcher, namer, tcp_info; taps, NAT."""
@@ -78,3 +89,36 @@ def or_error() -> Iterator[None]:
         if not none_left(error):
             raise
         raise NoDescriptors.of(error) from None
+
+
+class Wakeup:
+    """A descriptor that ends the poll(2) of another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        """Nobody writes to the number of a closed descriptor, which may be another file's."""
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def register(self, poll: select.poll) -> None:
+        """Have it polled."""
+        poll.register(self._fd, select.POLLIN)
+
+    def wake(self) -> None:
+        """Make it ready, until clear(). Does nothing after close()."""
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def clear(self, fd: int) -> bool:
+        """Return whether the ready descriptor `fd` is this one. Then it is ready no more."""
+        if fd != self._fd:
+            return False
+        os.eventfd_read(fd)
+        return True
+
+    def close(self) -> None:
+        """Close it."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
