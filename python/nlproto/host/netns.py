@@ -175,7 +175,6 @@ class Finder:
             now = self._now_ns()
             changed = self._list(now)
             some = list(self._young) + self._next(now)
-            self._looked_ns = now
             self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
             if self._ask(some) or changed:
                 first: dict[int, int] = {}
@@ -204,9 +203,11 @@ class Finder:
     def _next(self, now: int) -> list[int]:
         """Return whose turn it is to be read again."""
         passed = max(0, now - self._looked_ns)
-        count = len(self._of) * passed // _ROUND_NS
+        due = min(len(self._of) * passed // _ROUND_NS, passed // _SHARE // self._cost_ns)
+        if due:  # else the time is saved up
+            self._looked_ns = now
         some: list[int] = []
-        for _ in range(min(len(self._waiting), count, passed // _SHARE // self._cost_ns)):
+        for _ in range(min(len(self._waiting), due)):
             pid = self._waiting.popleft()
             if pid in self._of:
                 self._waiting.append(pid)
