@@ -149,8 +149,8 @@ class Finder:
         self._now_ns = now_ns
         self._lock = threading.Lock()
         self._births = procfs.Births(proc)
-        self._alive: tuple[int, int] = 0, 0
-        """How many processes there were and which was the newest, when all were listed."""
+        self._alive: tuple[int, int] | None = None
+        """The census when all processes were listed."""
         self._of: dict[int, int] = {}
         """Maps each process to its namespace; 0: it may not be read."""
         self._young: dict[int, int] = {}
@@ -187,9 +187,8 @@ class Finder:
 
     def _list(self, now: int) -> bool:
         """List all processes if some have come or gone. Returns whether it did so."""
-        newest = self._births.last()
-        alive = os.stat(self._proc).st_nlink, newest
-        if newest and alive == self._alive:
+        alive = self._births.census()
+        if alive is not None and alive == self._alive:
             return False
         pids = procfs.pids(self._proc)
         self._alive = alive

@@ -256,10 +256,14 @@ class Births:
         except (OSError, IndexError, ValueError):
             return 0
 
+    def census(self) -> tuple[int, int] | None:
+        """Return how many processes there are and the newest; None if the kernel does not say."""
+        newest = self.last()
+        return (os.stat(self._proc).st_nlink, newest) if newest else None
+
     def none_since(self, at_ns: int, now_ns: int) -> bool:
         """Return whether calls since before `at_ns` say that no process has come or gone."""
-        newest = self.last()
-        seen = (os.stat(self._proc).st_nlink, newest) if newest else None
+        seen = self.census()
         if seen is None or seen != self._seen:
             self._seen, self._since_ns = seen, now_ns
         return seen is not None and self._since_ns < at_ns
