@@ -16,8 +16,8 @@ from pathlib import Path
 from vmtest.guest import Guest, GuestLost
 from vmtest.kernels import KERNELS, Unavailable, cache_directory, unpack
 
-from nlproto.engines.bpf import NoBpf, Object
 from nlproto.engines.bpf_programs import OBJECT, PARTS, choose_programs
+from nlproto.kernel.bpf import NoBpf, Object
 from results import ROOT, put, table
 
 ROUNDS = 3

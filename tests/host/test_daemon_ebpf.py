@@ -16,8 +16,8 @@ import pytest
 from daemons import StartDaemon, send
 from loading import links
 from nlproto.client.client import DaemonClient
-from nlproto.engines.bpf import NoBpf
 from nlproto.engines.bpf_programs import why_in_parts
+from nlproto.kernel.bpf import NoBpf
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from loading import records_of
-from nlproto.engines.bpf import NoBpf
 from nlproto.engines.bpf_programs import OBJECT, why_in_parts
 from nlproto.engines.engine import Engine, open_engine
+from nlproto.kernel.bpf import NoBpf
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import (

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from nlproto.engines.bpf_programs import why_refused
+from nlproto.kernel.refusal import why_refused
 
 NET_ADMIN, SYS_ADMIN, PERFMON, BPF = 1 << 12, 1 << 21, 1 << 38, 1 << 39
 ENOUGH = NET_ADMIN | PERFMON | BPF

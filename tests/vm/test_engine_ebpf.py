@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from loading import links, records_of
-from nlproto.engines.bpf import NoBpf
 from nlproto.engines.ebpf import EbpfEngine
+from nlproto.kernel.bpf import NoBpf
 from nlproto.pipeline.account import Account
 from nlproto.records.wire import RECORD, Batch, lib
 from waiting import there, until

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
-from nlproto.engines.bpf import NETFILTER, NoBpf, Object, has_target
+from nlproto.kernel.bpf import NETFILTER, NoBpf, Object, has_target
+from nlproto.kernel.refusal import why_refused_here
 
 __all__ = [
     *("CGROUP", "NEEDED", "OBJECT", "PARTS", "TRACED"),
-    *("choose_programs", "load_programs", "why_in_parts", "why_refused"),
+    *("choose_programs", "load_programs", "why_in_parts"),
 ]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
@@ -48,8 +48,6 @@ _WITH_PARTS = {
     *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "probe_ring", "reset_sent"),
     *("seed", "collect"),
 }
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-_CAP_SYS_ADMIN = 21
 
 
 def why_in_parts() -> str:
@@ -106,7 +104,7 @@ def _load_whole(ring_bytes: int) -> Object:
         try:
             opened.load()
         except OSError as error:
-            raise NoBpf(_why(error)) from error
+            raise NoBpf(why_refused_here(error)) from error
     except BaseException:
         opened.close()
         raise
@@ -135,31 +133,3 @@ def _targets(opened: Object) -> set[str]:
     sections = {program.section for program in opened.programs.values()}
     traced = {section for section in sections if section.startswith((*TRACED, NETFILTER))}
     return sections - traced | has_target(traced)
-
-
-def _why(error: OSError) -> str:
-    status = Path("/proc/self/status").read_text()
-    try:
-        lockdown = Path("/sys/kernel/security/lockdown").read_text()
-    except OSError:
-        lockdown = ""
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    return why_refused(error, effective, lockdown)
-
-
-def why_refused(error: OSError, capabilities: int, lockdown: str) -> str:
-    """Return one line for people: why the kernel refuses the programs.
-
-    `capabilities`: the effective ones, a bit each; `lockdown` as in securityfs.
-    """
-    missing = [name for name, bit in _CAPABILITIES.items() if not capabilities >> bit & 1]
-    if missing and not capabilities >> _CAP_SYS_ADMIN & 1:
-        return f"it needs {', '.join(missing)}; run it as root"
-    if error.errno == errno.EINVAL and not capabilities >> _CAP_SYS_ADMIN & 1:
-        # the verifier searches the kernel's modules for what this kernel lacks, and gives up
-        return "an older libbpf (before 1.4) needs CAP_SYS_ADMIN for all of it"
-    if "[confidentiality]" in lockdown:
-        return "this kernel lets nobody read it (lockdown=confidentiality)"
-    if error.errno == errno.EPERM:  # EACCES: the verifier cannot prove that a program is safe
-        return "this kernel's vendor lets nobody trace its functions"
-    return f"this kernel refuses its programs ({error.strerror})"

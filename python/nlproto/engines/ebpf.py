@@ -19,10 +19,10 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.bpf import NoBpf, Ring, root_cgroup
 from nlproto.engines.bpf_programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.engines.links import NetfilterLinks, open_links
 from nlproto.host import netns
+from nlproto.kernel.bpf import NoBpf, Ring, possible_cpus, root_cgroup
 from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import (
@@ -145,7 +145,7 @@ class EbpfEngine:
         counters = mmap.mmap(
             self._object.map_fd("cpus"), _CPUS * _COUNTERS.itemsize, shared, mmap.PROT_READ
         )
-        self._counters = np.frombuffer(counters, _COUNTERS)[: _possible_cpus()]
+        self._counters = np.frombuffer(counters, _COUNTERS)[: possible_cpus()]
         self._poll = select.epoll()
         self._poll.register(fd, select.EPOLLIN)
 
@@ -438,8 +438,3 @@ def _cut(batch: Batch, until_ns: int, tails: np.ndarray) -> Batch:
     head["count"] -= count
     head["packets"] = tail["packets"][0]
     return Batch(head, batch.records[~late])
-
-
-def _possible_cpus() -> int:
-    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
-    return min(int(last.split(",")[-1]) + 1, _CPUS)

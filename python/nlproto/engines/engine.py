@@ -120,8 +120,8 @@ def open_engine(
                 raise
     why = ""
     if name in ("auto", "ebpf"):
-        from nlproto.engines.bpf import NoBpf
         from nlproto.engines.ebpf import EbpfEngine
+        from nlproto.kernel.bpf import NoBpf
 
         try:
             return EbpfEngine(notify, finder=finder)

@@ -13,9 +13,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from nlproto.engines.bpf import Object, link_netfilter
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.host import netns, procfs
+from nlproto.kernel.bpf import Object, link_netfilter
 
 __all__ = ["PROGRAM", "NetfilterLinks", "open_links"]
 

@@ -20,11 +20,11 @@ from nlproto.errors import Error
 
 __all__ = [
     *("NETFILTER", "NoBpf", "Object", "Program", "Ring"),
-    *("has_target", "link_netfilter", "root_cgroup"),
+    *("enum_names", "has_target", "link_netfilter", "possible_cpus", "root_cgroup"),
 ]
 
 _LIBRARY = "libbpf.so.1"
-_BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
+_BTF_KIND_ENUM, _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 6, 8, 12
 _INFO_BYTES = 256  # struct bpf_prog_info; fields that the kernel does not know stay 0
 _PACKET_BYTES = 64  # the smallest size that every kernel takes
 _BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT
@@ -60,6 +60,8 @@ int bpf_map__fd(const struct bpf_map *map);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
 int bpf_map_delete_elem(int fd, const void *key);
+int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
+    uint32_t *count, const void *opts);
 int bpf_link__fd(const struct bpf_link *link);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_iter_create(int link_fd);
@@ -67,6 +69,10 @@ int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *len);
 int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 struct btf *btf__load_vmlinux_btf(void);
 int32_t btf__find_by_name_kind(const struct btf *btf, const char *name, uint32_t kind);
+struct btf_type { uint32_t name_off, info, size; };
+struct btf_enum { uint32_t name_off; int32_t val; };
+const struct btf_type *btf__type_by_id(const struct btf *btf, uint32_t id);
+const char *btf__name_by_offset(const struct btf *btf, uint32_t offset);
 void btf__free(struct btf *btf);
 """)
 
@@ -101,15 +107,37 @@ def has_target(sections: Iterable[str]) -> set[str]:
     Raises NoBpf without BTF.
     """
     library = _open_library()
-    btf = library.btf__load_vmlinux_btf()
-    if btf == _ffi.NULL:
-        raise NoBpf("this kernel does not describe itself (no CONFIG_DEBUG_INFO_BTF)")
-    try:
+    with _described(library) as btf:
         return {
             section
             for section in sections
             if library.btf__find_by_name_kind(btf, *_described_as(section)) > 0
         }
+
+
+def enum_names(enum: str) -> dict[int, str]:
+    """Return the names of the running kernel's enum by value; {} if it has none. Raises NoBpf."""
+    library = _open_library()
+    with _described(library) as btf:
+        number = library.btf__find_by_name_kind(btf, enum.encode(), _BTF_KIND_ENUM)
+        if number <= 0:
+            return {}
+        described = library.btf__type_by_id(btf, number)
+        members = _ffi.cast("struct btf_enum *", described + 1)
+        return {
+            members[i].val: _text(library.btf__name_by_offset(btf, members[i].name_off))
+            for i in range(described.info & 0xFFFF)
+        }
+
+
+@contextlib.contextmanager
+def _described(library: Any) -> Iterator[Any]:
+    """Return what the kernel says of its types."""
+    btf = library.btf__load_vmlinux_btf()
+    if btf == _ffi.NULL:
+        raise NoBpf("this kernel does not describe itself (no CONFIG_DEBUG_INFO_BTF)")
+    try:
+        yield btf
     finally:
         library.btf__free(btf)
 
@@ -280,6 +308,29 @@ class Object:
         fd = self.map_fd(map_name)
         _check(self._library.bpf_map_update_elem(fd, key, value, 0), map_name)
 
+    def items(self, map_name: str, entry: np.dtype, most: int) -> np.ndarray:
+        """Return a hash's entries, at most `most`: dtype `entry`, which has fields key and value.
+
+        Raises OSError.
+        """
+        keys = np.zeros(most, entry["key"])
+        values = np.zeros(most, entry["value"])
+        place, count = _ffi.new("char[]", 16), _ffi.new("uint32_t *", most)
+        result = self._library.bpf_map_lookup_batch(
+            self.map_fd(map_name),
+            _ffi.NULL,
+            place,
+            _ffi.cast("void *", keys.ctypes.data),
+            _ffi.cast("void *", values.ctypes.data),
+            count,
+            _ffi.NULL,
+        )
+        if result != -errno.ENOENT:  # that is how a complete answer ends
+            _check(result, map_name)
+        found = np.zeros(count[0], entry)
+        found["key"], found["value"] = keys[: count[0]], values[: count[0]]
+        return found
+
     def delete(self, map_name: str, key: bytes) -> None:
         """Remove a key from a map. Raises OSError if it is not there."""
         _check(self._library.bpf_map_delete_elem(self.map_fd(map_name), key), map_name)
@@ -349,6 +400,12 @@ class Ring:
         found: np.ndarray = entries["it"][:count].copy()
         self._consumed[0] = consumed + count * self._entry.itemsize
         return found
+
+
+def possible_cpus() -> int:
+    """Return how many processors this kernel may ever have."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
+    return int(last.split(",")[-1]) + 1
 
 
 def _text(pointer: Any) -> str:
