@@ -189,7 +189,10 @@ struct sk_buff {
 	unsigned char *data;
 };
 struct nf_conn { unsigned long status; };
-enum skb_drop_reason___x { SKB_DROP_REASON_NO_SOCKET___x = 3 };
+enum skb_drop_reason___x {
+	SKB_DROP_REASON_NOT_SPECIFIED___x = 2,
+	SKB_DROP_REASON_NO_SOCKET___x = 3,
+};
 struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
 struct inet_skb_parm { u16 flags; };
 struct inet6_skb_parm { u16 flags; };

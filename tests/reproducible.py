@@ -71,9 +71,9 @@ def python(where: Path, environment: dict[str, str], umask: int) -> Iterator[Pat
 
 
 def bpf(where: Path, environment: dict[str, str], umask: int) -> Iterator[Path]:
-    """The programs of engine ebpf."""
+    """The programs of engine ebpf, and those that count drops."""
     run(["make", "-s", "-C", "bpf"], where, environment, umask)
-    yield from (where / "python/nlproto/engines").glob("*.bpf.o")
+    yield from (where / "python/nlproto").glob("*/*.bpf.o")
 
 
 def debian(where: Path, environment: dict[str, str], umask: int) -> Iterator[Path]:

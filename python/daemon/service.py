@@ -159,7 +159,7 @@ class Service:
             recorder.listeners = lambda: portmap.listeners(_MOST_LISTENERS)
         answers.translations = overheard.translations
         server = Server(
-            loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
+            loop, answers, self.config, lambda: figures(pipeline, recorder, watcher), self._bounds
         )
         watcher = Watcher(
             self.config.engine,
@@ -169,10 +169,12 @@ class Service:
             holders,
             self.config.ring_size,
             finder,
+            drop_reasons=self.config.drop_reasons == "on",
         )
+        answers.dropped = lambda: watcher.dropped
         answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
-        watcher.on_drops = metrics.drop
+        watcher.on_drops, watcher.on_reason = metrics.drop, metrics.drop_for
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()
@@ -254,7 +256,7 @@ class Reconfigurable(Protocol):
     def reconfigure(self, config: Config) -> None: ...
 
 
-def figures(pipeline: Pipeline, recorder: Recorder) -> dict[str, Any]:
+def figures(pipeline: Pipeline, recorder: Recorder, watcher: Watcher) -> dict[str, Any]:
     """Return sizes and losses of every part, for stats and metrics."""
     queue, history, portmap = pipeline.queue, recorder.history, pipeline.portmap
     return {
@@ -283,5 +285,6 @@ def figures(pipeline: Pipeline, recorder: Recorder) -> dict[str, Any]:
             "unstored": history.unstored,
             "store": recorder.store_figures(),
         },
+        "drops": watcher.drop_figures(),
         "domains": {} if pipeline.overheard is None else pipeline.overheard.figures(),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from daemons import StartDaemon
+from daemons import StartDaemon, scrape
 from nlproto.client.client import DaemonClient
 from nlproto.errors import NoPrivilege
 from nlproto.host.tcp_info import TcpInfo
@@ -107,15 +107,6 @@ def inside(name: Any, code: Any) -> Iterator[Any]:
 
 def inode(name: Any) -> Any:
     return os.stat(f"/run/netns/{name}").st_ino
-
-
-def scrape(path: Any) -> Any:
-    return subprocess.run(
-        ["curl", "-s", "--max-time", "20", "--unix-socket", path, "http://x/metrics"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The programs of engine ebpf fit on the stack that kernel 6.1 gives a chain of calls."""
+"""The programs of bpf/ fit on the stack that kernel 6.1 gives a chain of calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = Path(__file__).parents[2] / "python/nlproto/engines"
+LIBRARY = Path(__file__).parents[2] / "python/nlproto"
 STACK, FRAME = 512, 32  # MAX_BPF_STACK; each frame is rounded up (kernel/bpf/verifier.c)
 NUMBER = r"0x[0-9a-f]+|\d+"
 
@@ -60,9 +60,11 @@ def functions_of(path: Path) -> dict[str, Function]:
     return found
 
 
-@pytest.mark.parametrize("name", ["hunter.bpf.o", "hunter_parts.bpf.o"])
+@pytest.mark.parametrize(
+    "name", ["engines/hunter.bpf.o", "engines/hunter_parts.bpf.o", "kernel/drops.bpf.o"]
+)
 def test_no_chain_of_calls_needs_more_stack_than_there_is(name: str) -> None:
-    found = functions_of(ENGINES / name)
+    found = functions_of(LIBRARY / name)
 
     @cache
     def deepest(one: str) -> tuple[int, tuple[str, ...]]:

@@ -43,7 +43,7 @@ def hunter(site: Any, *arguments: Any) -> subprocess.CompletedProcess[str]:
 def test_doctor_names_each_part_and_what_to_do_next(environment: Any, tmp_path: Path) -> None:
     done = hunter(environment, "doctor", "--socket", str(tmp_path / "none.sock"))
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
-    assert list(lines) == ["packages", "module", "probes", "ebpf", "daemon"]
+    assert list(lines) == ["packages", "module", "probes", "ebpf", "drops", "daemon"]
     assert lines["packages"].startswith("ok")
     assert "start it with" in lines["daemon"]
     # who names a socket says that a daemon is there
@@ -95,7 +95,7 @@ def test_doctor_works_whatever_the_daemon_tells(
     thread = serve(path, stats)
     found = {one.subject: one for one in examine(path)}
     thread.join()
-    assert list(found) == ["packages", "module", "probes", "ebpf", "daemon"]
+    assert list(found) == ["packages", "module", "probes", "ebpf", "drops", "daemon"]
     assert found["daemon"].state == state and words in found["daemon"].text
 
 
@@ -103,7 +103,7 @@ def test_doctor_goes_on_after_a_part_that_cannot_be_looked_at(tmp_path: Path) ->
     (tmp_path / "version").mkdir()  # no file
     found = {one.subject: one for one in examine(str(tmp_path / "none"), module=tmp_path)}
     assert found["module"].state == "bad" and "cannot be checked" in found["module"].text
-    assert list(found) == ["packages", "module", "probes", "ebpf", "daemon"]
+    assert list(found) == ["packages", "module", "probes", "ebpf", "drops", "daemon"]
 
 
 @pytest.mark.parametrize("mark", ["daemon.py", "pidfile.py"])

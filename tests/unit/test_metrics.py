@@ -169,6 +169,7 @@ def test_names_follow_prometheus_s_conventions(tmp_path: Path) -> None:
     processes.restore([Process(1, 10, unit="a.service", container="docker:0123456789ab")])
     with Metrics(Config(metrics=str(tmp_path / "m")), lambda: FIGURES, processes) as metrics:
         metrics.take(_flows((1, 10)))
+        metrics.drop_for(1, 10, b"x", "SOCKET_RCVBUFF", 3)
         learnt = _flows_learnt(1)
         metrics.learn(learnt)
         families = list(metrics.collect())

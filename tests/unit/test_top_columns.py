@@ -10,6 +10,8 @@ from typing import Any
 from hunter.top.going import Going
 from hunter.top.grid import Grid
 from hunter.top.views import FlowsView
+from nlproto.kernel.bpf import NoBpf
+from nlproto.kernel.drop_reasons import DropReasons
 from nlproto.records.ends import ToldEnds, record_keys
 from nlproto.tables.flows import pack_address
 from topping import REPLY, Feed, batch, becomes, cells, drive
@@ -56,6 +58,14 @@ def test_what_nat_makes_of_ends_is_a_column_where_it_changes_them() -> None:
     drive(feed, script)
 
 
+def tells_receivers() -> bool:
+    try:
+        with DropReasons() as reasons:
+            return reasons.tells_receivers
+    except NoBpf:
+        return False
+
+
 def test_how_connections_go_is_a_column_where_the_kernel_tells_it() -> None:
     feed = Feed()
     with (
@@ -72,12 +82,13 @@ def test_how_connections_go_is_a_column_where_the_kernel_tells_it() -> None:
         feed.put({"cookie": cookies[0]}, {"cookie": cookies[1], "sport": 9, "proto": 17})
 
         async def script(app: Any, pilot: Any) -> None:
-            def goes() -> tuple[str, str]:
+            def goes() -> tuple[str, str, str]:
                 (row,) = cells(app)
-                return row[11], row[13]
+                return row[11], row[13], row[14]
 
-            await becomes(pilot, lambda: all(goes()))
-            rtt, dropped = goes()
+            await becomes(pilot, lambda: all(goes()[:2]))
+            rtt, dropped, why = goes()
+            assert why == (f"{dropped} SOCKET_RCVBUFF" if tells_receivers() else "")
             assert rtt.endswith(" ms") and 0 < int(dropped) <= 50
             head = app.screen.query_one(Grid).render_line(0).text.split()
             assert {"rtt", "dropped"} <= set(head) and not {"failed", "resets"} & set(head)

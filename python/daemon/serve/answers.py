@@ -20,6 +20,7 @@ from daemon.serve.requests import HistoryRequest, Lookup, LookupKey, News, Owner
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.kernel.drop_reasons import Dropped
 from nlproto.overheard.names import is_of_resolver, number_of
 from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
@@ -105,6 +106,8 @@ class Answers:
     translations: Translations | None = None
     """The present translations by NAT."""
     recorder: Recorder | None = None
+    dropped: Callable[[], Dropped] = dict
+    """Return why packets were dropped at the present sockets."""
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
@@ -282,8 +285,10 @@ class Answers:
             return 0, []
         total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
         looking.truncated |= self.kernel.is_behind
+        dropped = self.dropped()
         for one in found:
             looking.stop()
+            one["drop_reasons"] = dropped.get(one["cookie"], {})
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])
             one["exe"] = process.exe if process else ""
         return total, found

@@ -112,6 +112,9 @@ class Config:
     sha256: Literal["on", "off"] = "off"
     """Hashes of the programs of all processes that use sockets. Each file is read once."""
 
+    drop_reasons: Literal["on", "off"] = "on"
+    """Why the kernel dropped packets, by socket; a BPF program that runs for dropped ones."""
+
     metrics: _Address | None = None
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
     for the group; none: off."""

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +71,7 @@ class Metrics:
         self._figures = figures
         self._processes = processes
         self._sums: dict[str, dict[Labels, np.ndarray]] = {name: {} for name in _FAMILIES}
+        self._reasons: dict[str, dict[Labels, Counter[str]]] = {name: {} for name in _FAMILIES}
         self._attempts = Attempts()
         self._lock = threading.Lock()
         self._server: WSGIServer | None = None
@@ -149,6 +151,15 @@ class Metrics:
             for family, labels in self._labels(tgid, start_ns, comm):
                 self._add(family, labels, _one("drops", count))
 
+    def drop_for(self, tgid: int, start_ns: int, comm: bytes, reason: str, count: int) -> None:
+        """Any thread: add packets that the kernel dropped for a reason, at or from a process."""
+        if self._server is None:
+            return
+        with self._lock:
+            for family, labels in self._labels(tgid, start_ns, comm):
+                sums = self._reasons[family]
+                sums.setdefault(self._within(sums, labels), Counter())[reason] += count
+
     def _sum(self, flows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         found, inverse = np.unique(flows[["tgid", "start_ns", "comm"]], return_inverse=True)
         sums = np.zeros((len(found), len(_ALL)), np.uint64)
@@ -178,9 +189,14 @@ class Metrics:
 
     def _add(self, family: str, labels: Labels, values: np.ndarray) -> None:
         sums = self._sums[family]
-        if labels not in sums and len(sums) >= self._config.metrics_processes:
-            labels = (_OTHER,) + ("",) * (len(labels) - 1)
+        labels = self._within(sums, labels)
         sums[labels] = sums.get(labels, np.uint64(0)) + values
+
+    def _within(self, sums: Mapping[Labels, object], labels: Labels) -> Labels:
+        """Return these labels, or those of all others if there are too many."""
+        if labels in sums or len(sums) < self._config.metrics_processes:
+            return labels
+        return (_OTHER,) + ("",) * (len(labels) - 1)
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -219,6 +235,7 @@ class Metrics:
         for name, labels in _FAMILIES.items():
             yield from self._traffic(name, labels)
             yield from self._tcp(name, labels)
+            yield self._dropped(name, labels)
 
     def _traffic(self, name: str, labels: Labels) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily
@@ -276,6 +293,20 @@ class Metrics:
             for why in ("refused", "unanswered"):
                 failed.add_metric([*of, why], one[why])
         yield from (retransmits, rtt, resets, failed, dropped)
+
+    def _dropped(self, name: str, labels: Labels) -> Metric:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(
+            f"packet_hunter_{name}_dropped_by_reason",
+            f"Packets that the kernel dropped, from or to {name}, by its reason",
+            labels=[*labels, "reason"],
+        )
+        with self._lock:
+            for of, reasons in self._reasons[name].items():
+                for reason, count in reasons.items():
+                    family.add_metric([*of, reason], count)
+        return family
 
 
 def _one(name: str, count: int = 1) -> np.ndarray:

@@ -16,9 +16,11 @@ from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.host.netns import Finder
+from nlproto.kernel.bpf import NoBpf
+from nlproto.kernel.drop_reasons import NOT_SPECIFIED, Dropped, DropReasons
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
-from nlproto.tables.drops import Drops
+from nlproto.tables.drops import Drops, added
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
 
@@ -32,6 +34,7 @@ _OLDEST = 60.0  # s: unless the last look would get older than this
 _DETAILS = 0.05  # s of a look for details of users' processes
 _OTHERS_NS = 50_000_000  # of a look for users' network namespaces
 _MOST_UNMET = 10_000
+_STRANGE = 30.0  # s that packets dropped at a socket wait for its user to become known
 _LEAVING = 1.0  # s that the end waits for a look; the thread is left behind then
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
@@ -56,6 +59,7 @@ class Watcher:
         holders: Holders,
         ring_bytes: int | None = None,
         finder: Finder | None = None,
+        drop_reasons: bool = False,
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
@@ -67,7 +71,17 @@ class Watcher:
         """What the last look found."""
         self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
         """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
+        self.on_reason: Callable[[int, int, bytes, str, int], None] = lambda *_: None
+        """Is told why: tgid, start_ns, comm, the kernel's reason and how many. tgid 0: nobody."""
         self._drops = Drops()
+        self._wants_reasons = drop_reasons
+        self._drop_reasons: DropReasons | None = None
+        self._why_no_reasons = "off"
+        self.dropped: Dropped = {}
+        """Why the kernel dropped packets at the present sockets, as of the last look."""
+        self._told_dropped: dict[tuple[int, str], int] = {}
+        self._strangers: dict[tuple[int, str], float] = {}
+        """What was dropped at sockets whose user is not known, and since when."""
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
             target=lambda: keep_going(self._watch, self._failures, on_death, urgent=True),
@@ -86,6 +100,12 @@ class Watcher:
         self._probes_fire = True
 
     def __enter__(self) -> Watcher:
+        if self._wants_reasons:
+            try:
+                self._drop_reasons = DropReasons()
+            except NoBpf as error:
+                self._why_no_reasons = f"not known: {error}"
+                log.info("why the kernel drops packets is not known: %s", error)
         self._thread.start()
         return self
 
@@ -96,6 +116,8 @@ class Watcher:
         self._stopping.set()
         self._asked.set()
         self._thread.join(_LEAVING)
+        if self._drop_reasons is not None and not self._thread.is_alive():
+            self._drop_reasons.close()
 
     @property
     def is_fresh(self) -> bool:
@@ -110,6 +132,20 @@ class Watcher:
                 self._asked.set()
                 self._news.wait(0.02)
                 stop()
+
+    def drop_figures(self) -> dict[str, Any]:
+        """Return for stats whether drops have reasons, and those that no socket has. Any thread."""
+        counting = self._drop_reasons
+        if counting is None:
+            return {"reasons": self._why_no_reasons}
+        ownerless = counting.ownerless()
+        unknown = ownerless.pop(NOT_SPECIFIED, 0)
+        return {
+            "reasons": "counted",
+            "ownerless": sum(ownerless.values()),
+            "ownerless_reasons": ownerless,
+            "not_specified": unknown,
+        }
 
     def _watch(self) -> bool:
         with self.kernel:
@@ -166,11 +202,14 @@ class Watcher:
         if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
+        if self._drop_reasons is not None:
+            self.dropped = self._drop_reasons.read(self.kernel.tables)
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
         self._meet()
         self._count_drops(portmap)
+        self._count_reasons(portmap)
 
     def _count_drops(self, portmap: PortMap) -> None:
         """A socket's drops count for the process that used it last."""
@@ -180,6 +219,30 @@ class Watcher:
         for cookie, owners in portmap.with_cookies(drops).items():
             owner = owners[0]
             self.on_drops(owner.tgid, owner.start_ns, owner.comm.encode(), drops[cookie])
+
+    def _count_reasons(self, portmap: PortMap) -> None:
+        """The user of a socket may become known a little later."""
+        now = {
+            (cookie, reason): count
+            for cookie, reasons in self.dropped.items()
+            for reason, count in reasons.items()
+        }
+        news = added(self._told_dropped, now)
+        self._told_dropped = now
+        if not news:
+            return
+        owners = portmap.with_cookies({cookie for cookie, _ in news})
+        moment, before = time.monotonic(), self._strangers
+        strangers = {key: before.get(key, moment) for key in news if key[0] not in owners}
+        self._strangers = {key: at for key, at in strangers.items() if moment - at < _STRANGE}
+        for key in self._strangers:
+            now[key] -= news.pop(key)
+        for (cookie, reason), count in news.items():
+            whom = 0, 0, b""
+            if cookie in owners:
+                owner = owners[cookie][0]
+                whom = owner.tgid, owner.start_ns, owner.comm.encode()
+            self.on_reason(*whom, reason, count)
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """Return the sockets with start times under which their processes will soon be known.

@@ -13,9 +13,10 @@ from hunter.cli.options import DoctorOptions
 from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
-from nlproto.engines.bpf import NoBpf
 from nlproto.engines.bpf_programs import why_in_parts
 from nlproto.errors import NoPrivilege
+from nlproto.kernel.bpf import NoBpf
+from nlproto.kernel.drop_reasons import DropReasons
 from nlproto.kernel.loading import advice
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records.wire import lib
@@ -53,6 +54,7 @@ def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterato
         "module": lambda: _module(module),
         "probes": lambda: _probes(module),
         "ebpf": lambda: _ebpf(module),
+        "drops": _drops,
         "daemon": lambda: _daemon(socket, needed),
     }
     for subject, check in checks.items():
@@ -119,6 +121,16 @@ def _ebpf(module: Path) -> Finding:
     if parts:
         return Finding("note", "ebpf", parts)
     return Finding("ok", "ebpf", "runs: names are exact without the module")
+
+
+def _drops() -> Finding:
+    if os.geteuid() != 0:
+        return Finding("note", "drops", "only root can see if they have reasons")
+    try:
+        DropReasons().close()
+    except NoBpf as error:
+        return Finding("note", "drops", f"are counted without a reason: {error}")
+    return Finding("ok", "drops", "the kernel says why it drops a packet")
 
 
 def _daemon(socket: str, needed: bool) -> Finding:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Amounts of bytes and of time as text."""
+"""Amounts of bytes, of time and of things as text."""
 
 from __future__ import annotations
 
-__all__ = ["UNITS", "amount", "duration"]
+from collections import Counter
+from collections.abc import Mapping
+
+__all__ = ["UNITS", "amount", "counted", "duration"]
 
 UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 
@@ -27,3 +30,8 @@ def amount(value: float, units: str) -> str:
 def duration(seconds: float) -> str:
     """Return a round trip time in ms: "12 ms", "0.25 ms"."""
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.2f} ms"
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """Return text like "12 refused, 3 reset", the most first."""
+    return ", ".join(f"{count:,} {name}" for name, count in Counter(found).most_common())

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 from nlproto.host.namespace_sockets import NamespaceSockets, PerNamespace
 from nlproto.host.tcp_info import TcpInfo
+from nlproto.kernel.bpf import NoBpf
+from nlproto.kernel.drop_reasons import DropReasons
 from nlproto.running.budget import Budget
 from nlproto.running.supervise import Failures, keep_going
 
@@ -27,6 +32,8 @@ class SocketGoing(NamedTuple):
     """TCP segments."""
     dropped: int = 0
     """Packets for which the socket had no room."""
+    reasons: Mapping[str, int] = MappingProxyType({})
+    """Why the kernel dropped packets at the socket, since the display began."""
 
 
 class Going:
@@ -35,6 +42,9 @@ class Going:
     def __init__(self) -> None:
         self._tcp = PerNamespace(lambda: TcpInfo(ends=False), share=_SHARE)
         self._sockets = NamespaceSockets()
+        self._reasons: DropReasons | None = None
+        with suppress(NoBpf):
+            self._reasons = DropReasons()
         self._budget = Budget(_SHARE, _SAVED_NS, time.monotonic_ns)
         self._found: dict[int, SocketGoing] | None = None
         self._stopping = threading.Event()
@@ -54,6 +64,8 @@ class Going:
         self._thread.join()
         self._tcp.close()
         self._sockets.close()
+        if self._reasons is not None:
+            self._reasons.close()
 
     def take(self) -> dict[int, SocketGoing] | None:
         """Return by cookie what was found since the last call; None: nothing."""
@@ -69,7 +81,9 @@ class Going:
 
     def _look(self) -> dict[int, SocketGoing]:
         found: dict[int, SocketGoing] = {}
-        for table in self._sockets.tables().values():
+        tables = self._sockets.tables()
+        dropped = {} if self._reasons is None else self._reasons.read(tables)
+        for table in tables.values():
             some = table[(table["drops"] != 0) & (table["cookie"] != 0)]
             for cookie, drops in zip(some["cookie"].tolist(), some["drops"].tolist(), strict=True):
                 found[cookie] = SocketGoing(dropped=drops)
@@ -81,4 +95,6 @@ class Going:
             ):
                 before = found.get(cookie)
                 found[cookie] = SocketGoing(rtt_us, resent, before.dropped if before else 0)
+        for cookie, reasons in dropped.items():
+            found[cookie] = found.get(cookie, SocketGoing())._replace(reasons=reasons)
         return found

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 from hunter.show.account import ShownAccount
@@ -107,6 +108,7 @@ class State:
             times[len(times) // 2] if times else 0,
             sum(one.resent for one in known),
             sum(one.dropped for one in known),
+            sum((Counter(one.reasons) for one in known), Counter()),
         )
 
     def next_units(self) -> None:

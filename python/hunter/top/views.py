@@ -17,7 +17,7 @@ from hunter.show.console import has_blocks
 from hunter.show.names import nat, service
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.show.text import plain
-from hunter.show.units import amount, duration
+from hunter.show.units import amount, counted, duration
 from hunter.top.going import SocketGoing
 from hunter.top.grid import Cell, Grid, GridColumn
 from hunter.top.state import State
@@ -160,6 +160,7 @@ _GOES = (
     GridColumn("rtt", right=True, spare=11, optional=True),
     GridColumn("resent", right=True, spare=10, optional=True),
     GridColumn("dropped", right=True, spare=9, optional=True),
+    GridColumn("why", spare=12, optional=True),
 )
 
 
@@ -169,6 +170,7 @@ def _goes(one: SocketGoing) -> tuple[Cell, ...]:
     return (
         (duration(one.rtt_us / 1e6) if one.rtt_us else "", ""),
         *((f"{count:,}" if count else "", "yellow") for count in counts),
+        (counted(one.reasons), "yellow"),
     )
 
 

@@ -17,7 +17,7 @@ from hunter.show import names
 from hunter.show.console import TextRow, put
 from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
-from hunter.show.units import duration
+from hunter.show.units import counted, duration
 from nlproto.host import netns
 
 __all__ = ["clock", "place_of", "service_of", "show"]
@@ -105,6 +105,7 @@ _NOW = (
     "state",
     "sockets",
     "dropped",
+    "why",
     "user",
     "runs in",
     "netns",
@@ -117,7 +118,7 @@ _SEEN = (
 _PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
 _OPTIONAL = (
     *("nat", "state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in"),
-    *("rtt", "resent", "outcome", "dropped"),
+    *("rtt", "resent", "outcome", "dropped", "why"),
 )
 _NUMBERS = ("sockets", "dropped", "flows", "packets", "bytes", "rtt", "resent")
 
@@ -217,7 +218,7 @@ def _now_rows(
     owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: WhoOptions
 ) -> list[TextRow]:
     """A row for each owner, far host and state."""
-    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, dict[tuple[Any, ...], int], _Nat]] = {}
+    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, dict[tuple[Any, ...], Entry], _Nat]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
         port = service_of(one["port"], one.get("rport"), options.port)
@@ -228,13 +229,16 @@ def _now_rows(
         nat.add(one)
         ends.lports.add(one["port"])
         ends.rports.add(one.get("rport"))
-        sockets[one["cookie"], one["port"], one.get("rport")] = one.get("drops", 0)
+        sockets[one["cookie"], one["port"], one.get("rport")] = one
     rows: list[TextRow] = []
     for key, (one, ends, sockets, nat) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
         process = processes.get((one["pid"], one["start_ns"]))
-        dropped = sum(sockets.values())
+        dropped = sum(socket.get("drops", 0) for socket in sockets.values())
+        why: Counter[str] = Counter()
+        for socket in sockets.values():
+            why.update(socket.get("drop_reasons", {}))
         verb = "" if options.listening else "listens on " if listens else "has "
         rows.append(
             [
@@ -244,6 +248,7 @@ def _now_rows(
                 "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
                 f"{dropped:,}" if dropped else "",
+                counted(why),
                 "" if one.get("uid") is None else plain(names.user(one["uid"])),
                 "" if process is None else plain(place_of(process)),
                 _netns(one["netns"]),
@@ -347,7 +352,7 @@ def _time(rtts: Sequence[float]) -> str:
 def _outcomes(found: Counter[str], flows: int) -> str:
     if flows == 1:
         return " ".join(found)
-    return ", ".join(f"{count:,} {name}" for name, count in found.most_common())
+    return counted(found)
 
 
 def _uncertain(flow: Entry) -> list[str]:

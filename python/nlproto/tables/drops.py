@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["Drops"]
+__all__ = ["Drops", "added"]
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def added(before: Mapping[_Key, int], now: Mapping[_Key, int]) -> dict[_Key, int]:
+    """Return what has grown from `before` to `now`, and by how much."""
+    found = {key: count - before.get(key, 0) for key, count in now.items()}
+    return {key: more for key, more in found.items() if more > 0}
 
 
 class Drops:
@@ -23,7 +33,4 @@ class Drops:
             some = table[(table["drops"] != 0) & (table["cookie"] != 0)]
             now |= zip(some["cookie"].tolist(), some["drops"].tolist(), strict=True)
         before, self._before = self._before, now
-        if before is None:
-            return {}
-        found = {cookie: drops - before.get(cookie, 0) for cookie, drops in now.items()}
-        return {cookie: more for cookie, more in found.items() if more > 0}
+        return {} if before is None else added(before, now)
