@@ -34,9 +34,8 @@ class Pipeline:
 class Kernel:
     """Listeners at port 80, each with the same holders, of which `peeked` were looked at."""
 
-    is_behind = False
-
     looked_ns = 1
+    late: frozenset[int] = frozenset()
 
     def __init__(self, holders: Any, sockets: int = 1) -> None:
         rows = np.zeros(sockets, HOST_SOCKET)
@@ -51,6 +50,9 @@ class Kernel:
         for number in self.holders:
             self.peeked += 1
             yield Owner(Identity(100 + number, 0), b"holder", 1000 * (number > 4))
+
+    def is_behind(self, uid: int | None) -> bool:
+        return bool(self.late) if uid is None else uid in self.late
 
 
 @pytest.fixture(name="answers")
@@ -169,6 +171,9 @@ def test_a_question_that_nobody_waits_for_ends_in_the_middle(answers: Answers) -
 
 
 def test_an_answer_from_older_sockets_of_some_namespaces_says_so(answers: Answers) -> None:
-    assert not answers.who(Who(1, port=80, limit=1000), None)["truncated"]
-    stand_in(answers.kernel).is_behind = True
-    assert answers.who(Who(1, port=80, limit=1000), None)["truncated"]
+    """Of a user without rights, only for that user's own: it would tell what others do."""
+    asked = Who(1, port=80, limit=1000)
+    assert not any(answers.who(asked, uid)["truncated"] for uid in (None, 1000, 1001))
+    stand_in(answers.kernel).late = {1001}
+    told = {uid: answers.who(asked, uid)["truncated"] for uid in (None, 1000, 1001)}
+    assert told == {None: True, 1000: False, 1001: True}

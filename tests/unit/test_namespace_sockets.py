@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from nlproto.host import netns
 from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.sockdiag import HOST_SOCKET
+from waiting import until
 
 OWN, ROOTS = 1, [2, 3]
 MANY, OTHER = 1000, 1001
@@ -105,14 +107,14 @@ def test_what_was_read_of_others_before_stays_and_counts_as_behind(machine: Mach
         for _ in range(30):
             machine.now_ns += SECOND // 4
             tables = sockets.tables()
-        assert tables.keys() == {OWN, *machine.owners} and not sockets.is_behind
+        assert tables.keys() == {OWN, *machine.owners} and not sockets.behind()
         before = machine.now_ns
         tables = sockets.tables()
         assert tables.keys() == {OWN, *machine.owners}
         assert len([one for one in tables.values() if one["cookie"][0] > before]) <= 10
         machine.now_ns += 10 * SECOND
         sockets.tables()
-        assert sockets.is_behind
+        assert sockets.behind() == {MANY}
         del machine.owners[500]
         machine.now_ns += 10 * SECOND
         assert 500 not in sockets.tables()
@@ -122,4 +124,25 @@ def test_who_asks_once_gets_all(machine: Machine) -> None:
     machine.owners = {number: uid for number, uid in machine.owners.items() if uid != MANY}
     machine.owners |= dict.fromkeys(range(100, 104), MANY)
     with machine.sockets(None) as sockets:
-        assert sockets.tables().keys() == {OWN, *machine.owners} and not sockets.is_behind
+        assert sockets.tables().keys() == {OWN, *machine.owners} and not sockets.behind()
+
+
+def test_a_look_that_takes_long_is_not_waited_for(machine: Machine) -> None:
+    """A user's namespaces can make it so. What it finds is there when it is over."""
+    going_on = threading.Event()
+
+    class Slow:
+        def paths(self) -> dict[int, Path]:
+            assert going_on.wait(60)
+            return dict.fromkeys([OWN, *machine.owners], Path("/proc/1/ns/net"))
+
+        def close(self) -> None:
+            going_on.set()
+
+    finder: Any = Slow()
+    with NamespaceSockets(lambda: machine.now_ns, finder=finder, wait_s=0.01) as sockets:
+        assert sockets.tables().keys() == {OWN} and sockets.behind() is None
+        assert sockets.get(ROOTS[0]) is None
+        going_on.set()
+        until(lambda: sockets.get(ROOTS[0]) is not None, 30, "the look's end")
+        assert sockets.tables().keys() == {OWN, *machine.owners} and sockets.behind() == set()

@@ -19,6 +19,9 @@ from nlproto.host.kernel_sockets import BoundSocket
 from nlproto.tables.processes import Processes
 from waiting import stand_in, until
 
+NOBODYS = 1 << 30
+"""A pid that no process has."""
+
 
 @pytest.mark.parametrize("took", [0.001, 0.01, 0.1, 0.2])
 def test_looks_take_a_fifth_of_a_percent_of_a_core_while_nobody_asks(took: float) -> None:
@@ -71,6 +74,46 @@ def test_who_asks_gets_what_is_of_this_second(
     asked = time.monotonic()
     watcher.refresh(lambda: None)
     assert len(looks) == 2 and looks[1] >= asked - 0.1
+
+
+def test_who_sees_everything_and_asks_again_need_not_wait(
+    watched: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next look begins before what is known is too old, and only for such a user."""
+    monkeypatch.setattr("daemon.system.watcher._pause", lambda interval, took: 20.0)
+    watcher, looks = watched
+    watcher.refresh(lambda: None)
+    until(lambda: time.monotonic() - looks[0] > 0.5, 10, "half a second")
+    watcher._looked = time.monotonic() - 0.5
+    watcher.refresh(lambda: None)
+    assert len(looks) == 1
+    watcher.refresh(lambda: None, True)
+    until(lambda: len(looks) == 2, 10, "the look")
+
+
+def test_a_look_does_not_wait_for_details_of_processes(
+    watched: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's process can make who reads its command line wait."""
+    watcher, looks = watched
+    reading, go_on = threading.Event(), threading.Event()
+
+    def hang(tgid: int, *_: Any) -> None:
+        if tgid == NOBODYS:
+            reading.set()
+            assert go_on.wait(60)
+
+    monkeypatch.setattr(watcher._pipeline.processes, "add", hang)
+    watcher._known(sockets_of([NOBODYS], 1000))
+    watcher._looked = 0.0
+    try:
+        watcher.refresh(lambda: None)
+        assert reading.wait(30)
+        before, watcher._looked = len(looks), 0.0
+        watcher.refresh(lambda: None)
+        assert len(looks) > before and watcher.is_fresh
+    finally:
+        go_on.set()
 
 
 def test_who_does_not_want_to_wait_any_more_is_let_go(watched: tuple[Any, ...]) -> None:

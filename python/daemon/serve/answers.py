@@ -81,8 +81,8 @@ class Looks(Protocol):
         """Whether the last look was within a second."""
         ...
 
-    def refresh(self, stop: StopIfGone) -> None:
-        """Return when it was."""
+    def refresh(self, stop: StopIfGone, full: bool = False) -> None:
+        """Return when it was. `full`: for a user who sees everything."""
         ...
 
 
@@ -117,14 +117,14 @@ class Answers:
             return False
         return portmap is None or portmap.count(request.port) <= _CHEAP
 
-    def _refresh(self, stop: StopIfGone) -> None:
+    def _refresh(self, stop: StopIfGone, uid: int | None) -> None:
         if self.looks is not None:
-            self.looks.refresh(stop)
+            self.looks.refresh(stop, uid is None)
 
     def owner(
         self, request: OwnerOf, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
     ) -> dict[str, Any]:
-        self._refresh(stop)
+        self._refresh(stop, uid)
         room = Room() if room is None else room
         address = None if request.address is None else _address(request.address)
         portmap, proto = self.pipeline.portmap, _proto(request.proto)
@@ -207,7 +207,7 @@ class Answers:
         present = (request.at, request.domain, request.seen_until) == (None, None, None)
         of_now = present and not request.until
         if of_now and not isinstance(request, HistoryRequest):
-            self._refresh(stop)
+            self._refresh(stop, uid)
             looking = Looking(uid, stop)
             owners_total, owners = self._owners_now(question, looking)
             room.truncated |= looking.truncated
@@ -284,7 +284,7 @@ class Answers:
         if self.kernel is None:
             return 0, []
         total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
-        looking.truncated |= self.kernel.is_behind
+        looking.truncated |= self.kernel.is_behind(looking.uid)
         dropped = self.dropped()
         for one in found:
             looking.stop()
@@ -307,7 +307,7 @@ class Answers:
     def lookup(
         self, request: Lookup, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
     ) -> dict[str, Any]:
-        self._refresh(stop)
+        self._refresh(stop, uid)
         room = Room() if room is None else room
         cookies = {key.cookie for key in request.keys if key.cookie is not None}
         portmap = self.pipeline.portmap

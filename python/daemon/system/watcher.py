@@ -19,6 +19,7 @@ from nlproto.host.netns import Finder
 from nlproto.kernel.bpf import NoBpf
 from nlproto.kernel.drop_reasons import NOT_SPECIFIED, Dropped, DropReasons
 from nlproto.pipeline.pipeline import Pipeline
+from nlproto.running.left_behind import Beside
 from nlproto.running.supervise import Failures, keep_going
 from nlproto.tables.drops import Drops, added
 from nlproto.tables.portmap import PortMap
@@ -28,10 +29,11 @@ __all__ = ["Watcher"]
 
 _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
+_SOON = 0.4  # s; after an older one there is the next, if root asks: the next question may not wait
 _PATIENCE = 3.0  # s that a question waits for it
 _SHARE = 500  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless the last look would get older than this
-_DETAILS = 0.05  # s of a look for details of users' processes
+_DETAILS = 0.05  # s after a look for details of users' processes
 _OTHERS_NS = 50_000_000  # of a look for users' network namespaces
 _MOST_UNMET = 10_000
 _STRANGE = 30.0  # s that packets dropped at a socket wait for its user to become known
@@ -93,9 +95,13 @@ class Watcher:
         self._news = threading.Condition()
         """Guards `_looked`, and wakes threads that wait for it."""
         self._asked = threading.Event()
+        self._soon = False
+        """Whether the next look shall begin before anybody waits for it."""
         self._unmet: Rounds[tuple[ProcessKey, str, int]] = Rounds()
         """Processes whose details will be read: key, comm, uid. Users take turns."""
         self._unmet_count = 0
+        self._unmet_lock = threading.Lock()
+        self._meeting = Beside("details", self._meet)
         self._told: set[str] = set()
         self._probes_fire = True
 
@@ -124,9 +130,15 @@ class Watcher:
         """Whether the last look was within a second."""
         return time.monotonic() - self._looked < _FRESH
 
-    def refresh(self, stop: Callable[[], None]) -> None:
-        """Return when it was, or after 3 s. Any thread. `stop` ends it by raising."""
+    def refresh(self, stop: Callable[[], None], full: bool = False) -> None:
+        """Return when it was, or after 3 s. Any thread. `stop` ends it by raising.
+
+        `full`: a user asks who sees everything. Such users often ask again.
+        """
         wanted = time.monotonic() - _FRESH
+        if full and time.monotonic() - self._looked > _SOON:
+            self._soon = True
+            self._asked.set()
         with self._news:
             while self._looked < wanted and time.monotonic() < wanted + _FRESH + _PATIENCE:
                 self._asked.set()
@@ -173,9 +185,10 @@ class Watcher:
 
     def _wanted_now(self) -> bool:
         """Return whether somebody waits for a look. The last one may have been enough."""
-        asked = self._asked.is_set()
+        asked, soon = self._asked.is_set(), self._soon
         self._asked.clear()
-        return asked and not self.is_fresh
+        self._soon = False
+        return asked and (soon or not self.is_fresh)
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -189,8 +202,6 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
-        if self._unmet_count > _MOST_UNMET:
-            self._unmet, self._unmet_count = Rounds(), 0
         before = time.monotonic_ns()
         found = self.kernel.read()
         bound = self._known(found.bound)
@@ -207,7 +218,8 @@ class Watcher:
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
-        self._meet()
+        if self._unmet:
+            self._meeting.run(0.0)
         self._count_drops(portmap)
         self._count_reasons(portmap)
 
@@ -258,20 +270,30 @@ class Watcher:
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
                 if one.uid:
-                    self._unmet.add(one.uid, ((one.tgid, start_ns), one.comm, one.uid))
-                    self._unmet_count += 1
+                    self._will_meet((one.tgid, start_ns), one.comm, one.uid)
                 else:
                     processes.add(one.tgid, start_ns, one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known
 
+    def _will_meet(self, key: ProcessKey, comm: str, uid: int) -> None:
+        with self._unmet_lock:
+            if self._unmet_count > _MOST_UNMET:
+                self._unmet, self._unmet_count = Rounds(), 0
+            self._unmet.add(uid, (key, comm, uid))
+            self._unmet_count += 1
+
     def _meet(self) -> None:
-        """Read details of users' processes. Nobody waits for that."""
+        """Read details of users' processes, in a thread that nobody waits for: that may hang."""
         until = time.monotonic() + _DETAILS
-        while time.monotonic() < until and (one := self._unmet.next()) is not None:
+        while time.monotonic() < until:
+            with self._unmet_lock:
+                one = self._unmet.next()
+                self._unmet_count *= bool(self._unmet)
+            if one is None:
+                return
             key, comm, uid = one
             self._pipeline.processes.add(*key, comm, uid)
-        self._unmet_count *= bool(self._unmet)
 
     def _look_for_module(self) -> None:
         pipeline = self._pipeline

@@ -57,9 +57,7 @@ class Holders:
     """
 
     def __init__(
-        self,
-        proc: Path = procfs.PROC,
-        now_ns: Callable[[], int] = time.monotonic_ns,
+        self, proc: Path = procfs.PROC, now_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
         self._lock = threading.Lock()
         """Guards all tables here. /proc is read without it."""
@@ -206,13 +204,14 @@ class Holders:
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """Do find() for each of `inodes`. If they are many, each process is read once."""
-        many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
-        if not many:
-            asked = zip(inodes, uids, strict=True)
-            yield from ((inode, self.find(inode, uid)) for inode, uid in asked)
+        """Do find() for each of `inodes`, many at once, a few while the caller has time."""
+        if len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN):
+            yield from self.find_together(inodes)
             return
-        yield from self.find_together(inodes)
+        for inode, uid in zip(inodes, uids, strict=True):
+            yield inode, self.find(inode, uid)
+            if self.beside.is_over():
+                return
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
         """Do find() for each of `inodes`. Each process is read once, by a walk if one is due."""
@@ -237,7 +236,7 @@ class Holders:
         """
         found = self._find_soon(inode, uid, likely)
         with self._lock:
-            large = [one.identity.tgid for one in found if one.identity.tgid in self._large]
+            large = {one.identity.tgid for one in found} & self._large
             self._traffic |= dict.fromkeys(large, self._now_ns())
         return found
 

@@ -41,6 +41,7 @@ _NEW = 2000
 _SEARCH_NS = 200_000_000
 """How long a look may search; root's sockets come first, and the next look goes on."""
 _WALK_S = 0.2  # to wait for a walk before
+_LOOK_S = 0.1  # to wait for a look for new namespaces
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
 
@@ -95,7 +96,10 @@ class KernelSockets:
     ) -> None:
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns, others_ns=others_ns, finder=finder)
+        wait_s = None if others_ns is None else _LOOK_S
+        self._namespaces = NamespaceSockets(
+            now_ns, others_ns=others_ns, finder=finder, wait_s=wait_s
+        )
         self._hurried = others_ns is not None
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
@@ -110,12 +114,14 @@ class KernelSockets:
         """Cookies of the last look's connections, and of those that were asked about."""
         self._new_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._waiting: list[tuple[int, np.void]] = []
+        self._unasked: set[int] = set()
+        """Of which users there were sockets that this look did not ask about."""
+        self._behind: set[int] | None = set()
+        """Whose sockets the last look had no time for; None: anybody's."""
         self.tables: dict[int, np.ndarray] = {}
         """Maps each namespace to all its sockets (HOST_SOCKET), as of the last look."""
         self.looked_ns = 0
         """When that look began, CLOCK_MONOTONIC; 0: there was none yet."""
-        self.is_behind = False
-        """Whether sockets of some namespaces are older."""
 
     def __enter__(self) -> Self:
         return self
@@ -131,12 +137,20 @@ class KernelSockets:
         """Look at the tables of all namespaces. The cost grows with their size. See HeldSockets."""
         began = self._now_ns()
         tables = self._namespaces.tables()
+        self._unasked = set()
         limit_ns = _SEARCH_NS if self._hurried else 1 << 62
         patience = Patience(0, limit_ns, lambda: False, self._now_ns)
         with self._holders.beside.waiting_until(patience.is_over):
             found = self._read(tables)
-        self.tables, self.looked_ns, self.is_behind = tables, began, self._namespaces.is_behind
+        self.tables, self.looked_ns = tables, began
+        behind = self._namespaces.behind()
+        self._behind = None if behind is None else behind | self._unasked
         return found
+
+    def is_behind(self, uid: int | None) -> bool:
+        """Return whether the last look had no time for all sockets of `uid`; None: of anybody."""
+        behind = self._behind
+        return behind is None or (bool(behind) if uid is None else uid in behind)
 
     def _read(self, tables: dict[int, np.ndarray]) -> HeldSockets:
         numbers = list(tables)
@@ -229,13 +243,20 @@ class KernelSockets:
         return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
     def _ask(self, sockets: np.ndarray, together: bool = False) -> set[int]:
-        """Search holders of some sockets (HOST_SOCKET); return the ports whose holders changed."""
+        """Search holders of some sockets (HOST_SOCKET); return the ports whose holders changed.
+
+        When the look's time is over, the next look asks about the others.
+        """
         names = ("inode", "uid", "cookie", "sport")
         inodes, uids, cookies, ports = (sockets[name].tolist() for name in names)
         holders = self._holders
         found = dict(holders.find_together(inodes) if together else holders.find_many(inodes, uids))
         changed: set[int] = set()
         for inode, uid, cookie, port in zip(inodes, uids, cookies, ports, strict=True):
+            if inode not in found:
+                if cookie not in self._held:
+                    self._unasked.add(uid)
+                continue
             before = self._held.get(cookie, ())
             refused = before and not found[inode] and not holders.allows(uid)
             changed |= self._keep(cookie, port, before if refused else found[inode])

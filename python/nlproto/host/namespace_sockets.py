@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from nlproto.host import netns, procfs
 from nlproto.host.sockdiag import SockDiag
 from nlproto.running.budget import Patience
 from nlproto.running.closing import Closing
+from nlproto.running.left_behind import Beside
 from nlproto.running.supervise import Failures
 
 __all__ = ["NamespaceSockets", "PerNamespace"]
@@ -30,6 +32,15 @@ class _Closable(Protocol):
 S = TypeVar("S", bound=_Closable)
 
 
+@dataclass(slots=True)
+class _Change(Generic[S]):
+    """What a look found that began at `began_ns`."""
+
+    began_ns: int
+    opened: dict[int, S | None] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+
+
 class PerNamespace(Closing, Generic[S]):
     """Looks for new and ended namespaces at most every 2 s. A context manager, for one thread.
 
@@ -40,6 +51,9 @@ class PerNamespace(Closing, Generic[S]):
 
     A socket keeps its namespace alive. So a look closes the socket of a namespace that no process
     and no name holds any more.
+
+    `wait_s`: a look runs in another thread, and the caller waits for it so long at most. None: the
+    caller looks itself.
     """
 
     def __init__(
@@ -49,6 +63,7 @@ class PerNamespace(Closing, Generic[S]):
         share: int = 0,
         others_ns: int | None = None,
         finder: netns.Finder | None = None,
+        wait_s: float | None = None,
     ) -> None:
         self._finder = netns.Finder() if finder is None else finder
         self._owns_finder = finder is None
@@ -58,14 +73,22 @@ class PerNamespace(Closing, Generic[S]):
         self._now_ns = now_ns
         self._look_ns = now_ns()
         """When the next look is due."""
+        self._looked_ns = -(1 << 62)
+        """When the last one began that is over."""
         self.own = netns.own()
         self._failures = Failures("sock_diag")
         self._namespaces: dict[int, S | None] = {}
         self._owners: dict[int, int] = {}
         """Who owns each namespace: a uid, or UNKNOWN_OWNER. 0: root, or it is ours."""
+        self._wait_s = wait_s
+        self._beside = Beside("namespace look", self._look_beside)
+        self._found: _Change[S] | None = None
+        """What a look in the other thread found, until the caller has taken it."""
 
     def close(self) -> None:
         """Close all sockets."""
+        self._beside.join()
+        self._take_found()
         for diag in self._namespaces.values():
             if diag is not None:
                 diag.close()
@@ -81,9 +104,46 @@ class PerNamespace(Closing, Generic[S]):
 
     def look(self) -> None:
         """Find new namespaces and those that have ended."""
-        now = self._now_ns()
-        if now < self._look_ns:
+        if self._wait_s is None:
+            if self._now_ns() >= self._look_ns:
+                self._take(self._find())
             return
+        if self.own not in self._namespaces:
+            self._namespaces[self.own] = self._made()
+        if not self._beside.runs:
+            self._take_found()
+            if self._now_ns() >= self._look_ns and self._beside.run(self._wait_s):
+                self._take_found()
+
+    def _look_beside(self) -> None:
+        try:
+            self._found = self._find()
+        except Exception as error:  # the next look tries again
+            self._failures.add(error)
+
+    def _take_found(self) -> None:
+        found, self._found = self._found, None
+        if found is not None:
+            self._take(found)
+
+    def _take(self, change: _Change[S]) -> None:
+        self._looked_ns = change.began_ns
+        for number in change.gone:
+            diag = self._namespaces.pop(number, None)
+            if diag is not None:
+                diag.close()
+        self._namespaces |= change.opened
+
+    def _made(self) -> S | None:
+        try:
+            return self._make()
+        except NoPrivilege:
+            return None
+
+    def _find(self) -> _Change[S]:
+        """Open sockets of new namespaces. It leaves those that are open alone."""
+        now = self._now_ns()
+        change = _Change[S](now)
         try:
             there = self._finder.paths()
         except OSError:  # no descriptor is left for it
@@ -91,7 +151,7 @@ class PerNamespace(Closing, Generic[S]):
         took = self._now_ns() - now
         self._look_ns = now + max(_LOOK_NS, self._share * took)
         if there is None:
-            return
+            return change
         there.pop(self.own, None)
         new = {number: path for number, path in there.items() if number not in self._namespaces}
         self._owners = {
@@ -106,26 +166,21 @@ class PerNamespace(Closing, Generic[S]):
                 Error(f"only {len(chosen)} of {len(there)} network namespaces are read")
             )
             there = {number: path for number, path in there.items() if number in chosen}
-        for number in set(self._namespaces) - set(there) - {self.own}:
-            diag = self._namespaces.pop(number)
-            if diag is not None:
-                diag.close()
+        change.gone = set(self._namespaces) - set(there) - {self.own}
         if self.own not in self._namespaces:
-            try:
-                self._namespaces[self.own] = self._make()
-            except NoPrivilege:
-                self._namespaces[self.own] = None
+            change.opened[self.own] = self._made()
         patience = None
         for number in sorted(there.keys() & new.keys(), key=lambda one: self._owners[one] != 0):
             if self._owners[number] and (patience := patience or self._patience()).is_over():
                 self._look_ns = min(self._look_ns, now + max(_REST_NS, self._share * took))
                 break
             try:
-                self._namespaces[number] = netns.run_inside(new[number], number, self._make)
+                change.opened[number] = netns.run_inside(new[number], number, self._make)
             except NoPrivilege:
-                self._namespaces[number] = None
+                change.opened[number] = None
             except (Error, OSError):  # the next look tries again, if it is still there
                 continue
+        return change
 
     def _patience(self) -> Patience:
         """Return how long namespaces of users may take now."""
@@ -147,8 +202,9 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         share: int = 0,
         others_ns: int | None = None,
         finder: netns.Finder | None = None,
+        wait_s: float | None = None,
     ) -> None:
-        super().__init__(SockDiag, now_ns, share, others_ns, finder)
+        super().__init__(SockDiag, now_ns, share, others_ns, finder, wait_s)
         self._tables: dict[int, np.ndarray] = {}
         self._read_ns: dict[int, int] = {}
 
@@ -170,12 +226,17 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         }
         return self._tables.copy()
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether the last tables() had older contents of some namespace, or none."""
+    def behind(self) -> set[int] | None:
+        """Return whose namespaces had older contents in the last tables(), or none (0: root).
+
+        None: it is not known which namespaces there are now.
+        """
         limit = self._now_ns() - _BEHIND_NS
+        if self._looked_ns < limit:
+            return None
         readable = [number for number, one in self._namespaces.items() if one is not None]
-        return any(self._read_ns.get(number, 0) < limit for number in readable)
+        late = [number for number in readable if self._read_ns.get(number, 0) < limit]
+        return {self._owners.get(number, 0) for number in late}
 
     def _in_turn(self) -> list[int]:
         """Return our namespace, root's, then one of each user in turn, the longest unread first."""

@@ -11,8 +11,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "shared_proto.h"
 #include "host.h"
@@ -24,6 +27,7 @@ struct errand {
 	pthread_cond_t told;
 	int done, left;
 	int result;
+	int nice; /* of who waits: a thread that it starts would not have it */
 	uint32_t size;
 	char path[512];
 	char buf[];
@@ -42,8 +46,10 @@ static void let_go(struct errand *one)
 static void *run(void *argument)
 {
 	struct errand *one = argument;
-	int result = host_read(one->path, one->buf, one->size), left;
+	int result, left;
 
+	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), one->nice);
+	result = host_read(one->path, one->buf, one->size);
 	pthread_mutex_lock(&lock);
 	one->result = result;
 	one->done = 1;
@@ -78,6 +84,7 @@ static struct errand *errand_of(const char *path, uint32_t size)
 	if (!one)
 		return NULL;
 	one->size = size;
+	one->nice = getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid));
 	snprintf(one->path, sizeof(one->path), "%s", path);
 	pthread_condattr_init(&attributes);
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);

@@ -39,6 +39,7 @@ _AGAIN_NS = 100_000_000  # and the longest time of them at once: who subscribes 
 _LIMIT = 65536
 _LOOK_SHARE = 10  # part of the time for looks for new namespaces,
 _OTHERS_NS = 50_000_000  # and the longest time of one for those of users
+_LOOK_S = 0.05  # and the longest wait for one: who subscribes waits
 
 _Key = tuple[int, int, bytes, int, bytes, int]
 
@@ -76,7 +77,7 @@ class Namer:
         self._start_of = start_of
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS, finder)
+        self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS, finder, _LOOK_S)
         self._known: dict[tuple[int, _Key], _Found] = {}
         self._again = Budget(_AGAIN_SHARE, _AGAIN_SAVED_NS, now_ns)
         self._patience = Patience(0, 0, lambda: False, now_ns)

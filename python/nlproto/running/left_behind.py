@@ -90,6 +90,16 @@ class Beside:
         over: Callable[[], bool] | None = getattr(self._waits, "over", None)
         return over is not None and over()
 
+    @property
+    def runs(self) -> bool:
+        """Whether it is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        """Return when it is not at work."""
+        if (thread := self._thread) is not None:
+            thread.join()
+
     def run(self, wait_s: float) -> bool:
         """Begin, unless it runs already. Returns whether it ended within `wait_s`.
 
