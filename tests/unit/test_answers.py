@@ -177,3 +177,11 @@ def test_an_answer_from_older_sockets_of_some_namespaces_says_so(answers: Answer
     stand_in(answers.kernel).late = {1001}
     told = {uid: answers.who(asked, uid)["truncated"] for uid in (None, 1000, 1001)}
     assert told == {None: True, 1000: False, 1001: True}
+
+
+def test_drops_of_unknown_sockets_are_nobodys(answers: Answers) -> None:
+    """Without sock_diag no socket has a cookie. The others' drops would be shown with each."""
+    stand_in(answers.kernel).tables[1]["cookie"] = 0
+    answers.dropped = lambda: {0: {"NETFILTER_DROP": 7}}
+    owners = _decoded(answers.who(Who(1, port=80), 1000))["owners"]
+    assert owners and all(one["drop_reasons"] == {} for one in owners)

@@ -288,7 +288,8 @@ class Answers:
         dropped = self.dropped()
         for one in found:
             looking.stop()
-            one["drop_reasons"] = dropped.get(one["cookie"], {})
+            # 0 stands for all sockets that are not known, also those of others
+            one["drop_reasons"] = dropped.get(one["cookie"], {}) if one["cookie"] else {}
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])
             one["exe"] = process.exe if process else ""
         return total, found

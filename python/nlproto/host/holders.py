@@ -204,13 +204,13 @@ class Holders:
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """Do find() for each of `inodes`, many at once, a few while the caller has time."""
+        """Do find() for each of `inodes`, many at once, users' few while the caller has time."""
         if len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN):
             yield from self.find_together(inodes)
             return
         for inode, uid in zip(inodes, uids, strict=True):
             yield inode, self.find(inode, uid)
-            if self.beside.is_over():
+            if uid and self.beside.is_over():
                 return
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:

@@ -23,6 +23,7 @@ __all__ = ["NamespaceSockets", "PerNamespace"]
 _LOOK_NS = 2_000_000_000
 _REST_NS = 250_000_000  # the same if the last look had no time for all
 _BEHIND_NS = 5_000_000_000
+_COLD_S = 1.0  # the longest wait for a look after so long without one
 
 
 class _Closable(Protocol):
@@ -102,8 +103,11 @@ class PerNamespace(Closing, Generic[S]):
             self.look()
         return self._namespaces.get(number)
 
-    def look(self) -> None:
-        """Find new namespaces and those that have ended."""
+    def look(self, patient: bool = False) -> None:
+        """Find new namespaces and those that have ended.
+
+        `patient`: if the last look was more than 5 s ago, wait for the other thread for 1 s.
+        """
         if self._wait_s is None:
             if self._now_ns() >= self._look_ns:
                 self._take(self._find())
@@ -112,7 +116,9 @@ class PerNamespace(Closing, Generic[S]):
             self._namespaces[self.own] = self._made()
         if not self._beside.runs:
             self._take_found()
-            if self._now_ns() >= self._look_ns and self._beside.run(self._wait_s):
+            cold = patient and self._looked_ns < self._now_ns() - _BEHIND_NS
+            wait_s = max(_COLD_S, self._wait_s) if cold else self._wait_s
+            if self._now_ns() >= self._look_ns and self._beside.run(wait_s):
                 self._take_found()
 
     def _look_beside(self) -> None:
@@ -214,7 +220,7 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         Ours and root's are read now. Users take turns as long as there is time. What was read of
         the others before stays.
         """
-        self.look()
+        self.look(patient=True)
         patience = None
         for number in self._in_turn():
             users = self._owners.get(number, 0) != 0
