@@ -8,6 +8,7 @@ guest, or the guest that vmtest booted). Otherwise it names the kernel to boot; 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     kernel = kernel_to_test()
     if kernel != "own":
+        # so that the guest ends too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         config.pluginmanager.register(Remote(ROOT, TESTS, kernel))
     elif os.geteuid() == 0:
         config.stash[LOG] = KernelLog().__enter__()
@@ -60,8 +63,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     log = item.config.stash.get(LOG, None)
     if log is not None:
         lines = log.read()
-        if problems(lines):
-            pytest.fail(f"{COMPLAINT}\n" + "\n".join(lines[-200:]), pytrace=False)
+        if found := problems(lines):
+            said = [*found, "the log's end:", *lines[-200:]]
+            pytest.fail(f"{COMPLAINT}\n" + "\n".join(said), pytrace=False)
 
 
 @pytest.fixture
