@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -128,9 +128,13 @@ def test_a_load_that_finds_no_memory_fails_cleanly(module_file: Path, unloaded: 
     assert errno.ENOMEM in refused
 
 
+ENOUGH = 1_000_000
+"""Faults that an injector may inject. It counts its `times` down."""
+
+
 @contextmanager
-def failing(percent: int) -> Iterator[None]:
-    """Allocations below the module's code fail, so many of a hundred."""
+def failing(percent: int) -> Iterator[Callable[[], int]]:
+    """Allocations below the module's code fail, so many of a hundred; says how many did."""
     sections = Path("/sys/module/sniffer/sections")
     starts = sorted(
         int(path.read_text(), 16)
@@ -141,11 +145,11 @@ def failing(percent: int) -> Iterator[None]:
     with ExitStack() as ends:
         for name in INJECTORS:
             chain = {"require-start": starts[0], "require-end": starts[0] + size}
-            _set(name, {"stacktrace-depth": 32, **chain, "interval": 1, "times": -1})
+            _set(name, {"stacktrace-depth": 32, **chain, "interval": 1, "times": ENOUGH})
             assert (DEBUG / name / "require-start").exists()
             ends.callback(_set, name, {"probability": 0})
             _set(name, {"probability": percent})
-        yield
+        yield lambda: sum(ENOUGH - int((DEBUG / name / "times").read_text()) for name in INJECTORS)
 
 
 @pytest.mark.patience(1200)
@@ -158,12 +162,13 @@ def test_packets_pass_and_the_account_closes_where_the_module_has_no_memory(
         before = sniffer.counters().copy()
         with Recorder("module") as recorder:
             recorder.read(0)
-            with failing(percent):
+            with failing(percent) as failed:
                 talk = subprocess.Popen([sys.executable, "-c", TALK], stdout=subprocess.PIPE)
                 while talk.poll() is None:
                     recorder.read(0.1)
                 assert talk.stdout is not None
                 assert talk.stdout.read() == b"whole\n"
+                failures = failed()
             time.sleep(0.1)
             records = recorder.finish()
             faults = [
@@ -176,9 +181,11 @@ def test_packets_pass_and_the_account_closes_where_the_module_has_no_memory(
         for tgid in np.unique(records["tgid"])
         if tgid and not _is_kin(int(tgid), talk.pid)
     }
-    print(f"{len(records)} records read, {lost} lost for want of memory")
+    print(f"{failures} allocations failed: {len(records)} records read, {lost} lost")
     assert faults == []
-    assert lost > 0
+    assert failures > 0
+    # records share few pages, which are used again: of these perhaps none failed
+    assert lost > 0 or percent < 100
     assert others <= {os.getpid()}
     _a_packet_is_named()
 
