@@ -120,6 +120,27 @@ def test_the_start_in_clock_ticks_finds_the_start_in_nanoseconds() -> None:
     assert processes.start_of(8, 5 * 10**9) == 5 * 10**9
 
 
+@pytest.mark.parametrize("by", ["records", "event", "add"])
+def test_a_process_that_proc_told_of_first_is_known_once(by: str) -> None:
+    rough, exact = 5 * 10**9, 5 * 10**9 + 1234
+    processes = Processes()
+    processes.add(100, rough, "server", 7)
+    if by == "records":
+        processes.add_records(make_records({"tgid": 100, "start_ns": exact, "comm": b"server"}))
+    elif by == "event":
+        processes.add_event(_event(SEEN, tgid=100, start_ns=exact))
+    else:
+        processes.add(100, exact)
+    processes.add(100, rough)
+    [one] = processes.find(pid=100)
+    assert one.start_ns == exact
+    assert processes.get(100, rough) == one
+    assert processes.start_of(100, rough) == exact
+    assert len(processes) == 1
+    processes.add_records(make_records({"tgid": 100, "start_ns": exact + 1}))
+    assert len(processes) == 2  # one exact time is not another
+
+
 def test_the_least_recently_used_go_first() -> None:
     processes = Processes(limit=3)
     for tgid in (1, 2, 3):

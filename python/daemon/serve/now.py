@@ -242,19 +242,22 @@ def _holders(
     """Return a socket's holders by /proc, or its known users if /proc is refused."""
     inode = int(row["inode"])
     found: dict[ProcessKey, dict[str, Any]] = {}
+    start_of = pipeline.processes.start_of
     for one in used:
         if looking.takes_holder() and looking.holds(one.tgid, inode) is not False:
-            found[one.key] = holder(one.tgid, one.start_ns, one.comm, one.uid)
+            start_ns = start_of(one.tgid, one.start_ns)
+            found[one.tgid, start_ns] = holder(one.tgid, start_ns, one.comm, one.uid)
     known = list(_known(kernel, inode, looking))
     if not found and not known and pipeline.portmap is not None:
         # accepted or created since the last walk: its holder may be another owner of the same port
         port = int(row["sport"])
         for one in pipeline.portmap.who(port, uid=looking.uid, limit=_SAME_PORT):
             if looking.holds(one.tgid, inode):
-                found[one.key] = holder(one.tgid, one.start_ns, one.comm, one.uid)
+                start_ns = start_of(one.tgid, one.start_ns)
+                found[one.tgid, start_ns] = holder(one.tgid, start_ns, one.comm, one.uid)
     for other in known:
         identity = other.identity
-        start_ns = pipeline.processes.start_of(identity.tgid, identity.start_ns)
+        start_ns = start_of(identity.tgid, identity.start_ns)
         one_holder = holder(identity.tgid, start_ns, text(other.comm), other.uid)
         found.setdefault((identity.tgid, start_ns), one_holder)
     return list(found.values())

@@ -160,7 +160,8 @@ class Processes:
 
     def get(self, tgid: int, start_ns: int) -> Process | None:
         """Return what is known of a process, None if nothing is."""
-        return self._table.get((tgid, start_ns))
+        table = self._table
+        return table.get((tgid, start_ns)) or table.get((tgid, self.start_of(tgid, start_ns)))
 
     def start_of(self, tgid: int, start_ns: int) -> int:
         """The start time by which this process is known already, else `start_ns`.
@@ -168,9 +169,9 @@ class Processes:
         /proc tells it in clock ticks, the module in ns; they are one process when ticks agree.
         """
         known = self._newest.get(tgid)
-        if known is not None and same_start(known, start_ns // TICK_NS):
-            return known
-        return start_ns
+        if known is None or (known % TICK_NS and start_ns % TICK_NS):
+            return start_ns
+        return known if same_start(known, start_ns // TICK_NS) else start_ns
 
     def get_many(self, keys: Iterable[ProcessKey]) -> list[Process]:
         """Those of `keys` that are known."""
@@ -193,7 +194,7 @@ class Processes:
         told = process_of_event(event)
         kind = event.event
         key = told.key
-        known = self._table.get(key)
+        known = self._known(*key)
         if kind == lib.SNIFFER_EVENT_EXEC:
             self._read.pop(key, None)
             known = None
@@ -216,7 +217,7 @@ class Processes:
             now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             unknown = [one for one in names if not self._is_as_known(now, *one)]
         for tgid, start_ns, uid, comm in unknown:
-            known = self._table.get((tgid, start_ns))
+            known = self._known(tgid, start_ns)
             if known is None:
                 process = Process(tgid=tgid, start_ns=start_ns, comm=_text(comm), uid=uid)
             else:
@@ -224,9 +225,27 @@ class Processes:
                 self._read.pop(known.key, None)
             self._keep(self._with_details(process))
 
+    def _known(self, tgid: int, start_ns: int) -> Process | None:
+        """What is known of a process; one that /proc told of gets its exact start time."""
+        known_ns = self.start_of(tgid, start_ns)
+        if known_ns == start_ns or known_ns % TICK_NS:
+            return self._table.get((tgid, known_ns))
+        with self._lock:
+            known = self._table.pop((tgid, known_ns), None)
+            if known is None:
+                return None
+            self.bytes -= _size(known)
+            exact = replace(known, start_ns=start_ns)
+            if known.key in self._read:
+                self._read[exact.key] = self._read.pop(known.key)
+            self._put(exact)
+            self._newest[tgid] = start_ns
+        return exact
+
     def _is_as_known(self, now_ns: int, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
         """Whether nothing is new; then the process has been used. With the lock."""
-        known = self._table.get((tgid, start_ns))
+        key = tgid, start_ns if start_ns % TICK_NS else self.start_of(tgid, start_ns)
+        known = self._table.get(key)
         if known is None or (comm and known.comm != _text(comm)):
             return False
         if self._read.get(known.key, _NEVER) <= now_ns:
@@ -236,7 +255,7 @@ class Processes:
 
     def add(self, tgid: int, start_ns: int, comm: str = "", uid: int | None = None) -> Process:
         """Learn of one process, for instance a socket's holder."""
-        known = self._table.get((tgid, start_ns))
+        known = self._known(tgid, start_ns)
         if known is not None:
             if self._read.get(known.key, _NEVER) > time.clock_gettime_ns(time.CLOCK_BOOTTIME):
                 self._touch(known.key)
