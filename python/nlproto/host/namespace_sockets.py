@@ -23,7 +23,7 @@ __all__ = ["NamespaceSockets", "PerNamespace"]
 _LOOK_NS = 2_000_000_000
 _REST_NS = 250_000_000  # the same if the last look had no time for all
 _BEHIND_NS = 5_000_000_000
-_COLD_S = 1.0  # the longest wait for a look after so long without one
+_COLD_S = 0.3  # the longest wait for a look after so long without one
 
 
 class _Closable(Protocol):
@@ -106,7 +106,7 @@ class PerNamespace(Closing, Generic[S]):
     def look(self, patient: bool = False) -> None:
         """Find new namespaces and those that have ended.
 
-        `patient`: if the last look was more than 5 s ago, wait for the other thread for 1 s.
+        `patient`: if the last look was more than 5 s ago, wait longer for the other thread.
         """
         if self._wait_s is None:
             if self._now_ns() >= self._look_ns:
