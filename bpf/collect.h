@@ -39,8 +39,9 @@ static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u
 }
 
 /*
- * User space runs it each second. It removes what ended some time ago. User space can
- * run a program of this kind, and it may use maps with locks.
+ * User space runs it each second, or more rarely where it takes long and little
+ * happens. It removes what ended some time ago. User space can run a program of this
+ * kind, and it may use maps with locks.
  */
 SEC("tc")
 int collect(struct __sk_buff *unused)

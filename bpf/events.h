@@ -8,6 +8,7 @@
  */
 #include "hunter.h"
 
+#define EVENTS_BYTES	(128 << 10)
 #define NAMES		48	/* of a path, and of mounts on its way, that are followed */
 #define NAME_MASK	255	/* NAME_MAX */
 #define PATH_MASK	255	/* SNIFFER_EXE_LEN - 1 and SNIFFER_CGROUP_LEN - 1 */
@@ -19,7 +20,7 @@ struct news {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 128 << 10);
+	__uint(max_entries, EVENTS_BYTES);
 } events SEC(".maps");
 
 /* Facts of the latest processes; time_ns and event are not set. */
@@ -226,11 +227,14 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 static __always_inline void tell(const struct key *who, u32 event)
 {
 	struct news news = { .time = bpf_ktime_get_ns(), .who = *who };
+	u64 wakeup = BPF_RB_NO_WAKEUP;
 	struct counters *c;
 	u32 cpu;
 
 	news.who.unused = event;
-	if (!bpf_ringbuf_output(&events, &news, sizeof(news), BPF_RB_NO_WAKEUP))
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_BYTES / 2)
+		wakeup = BPF_RB_FORCE_WAKEUP;	/* else the reader comes within a second */
+	if (!bpf_ringbuf_output(&events, &news, sizeof(news), wakeup))
 		return;
 	c = counters_here(&cpu);
 	if (c)

@@ -19,6 +19,7 @@ import pytest
 
 from loading import records_of
 from nlproto.engines.bpf_programs import OBJECT, why_in_parts
+from nlproto.engines.ebpf import _Sweep
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.kernel.bpf import NoBpf
 from nlproto.pipeline.account import Account
@@ -331,3 +332,15 @@ def test_a_kernel_that_does_not_describe_itself_is_told() -> None:
     done = subprocess.run([*hidden, "sh", *TRY], capture_output=True, text=True)
     assert "no CONFIG_DEBUG_INFO_BTF" in done.stdout, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_sweeps_are_rare_while_little_happens_and_all_have_room(engine: Engine) -> None:
+    """As if the last one had taken 50 ms and was five seconds ago."""
+    one = stand_in(engine)
+    for records, full, due in ((0, 0, False), (5000, 0, True), (0, 1, True)):
+        counters = one._counters
+        seq, no_room = int(counters["seq"].sum()), int(counters["full"].sum())
+        last = _Sweep(time.monotonic() - 5, 0.05, seq - records, no_room - full)
+        one._swept, one._look_again = last, 0.0
+        list(engine.read(0))
+        assert (one._swept is not last) == due

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -210,3 +213,55 @@ def test_nothing_is_left_when_it_is_killed(engine: EbpfEngine) -> None:
 def test_a_kernel_that_lets_nobody_read_it_is_told() -> None:
     with pytest.raises(NoBpf, match="lockdown=confidentiality"):
         EbpfEngine(print)
+
+
+def reads(engine: EbpfEngine, seconds: float) -> list[float]:
+    """How long each read took until then."""
+    times = []
+    end = time.monotonic() + seconds
+    while (began := time.monotonic()) < end:
+        list(engine.read(60))
+        times.append(time.monotonic() - began)
+    return times
+
+
+def test_a_read_sleeps_until_a_packet_or_somebody_wakes_it(engine: EbpfEngine) -> None:
+    """A guest without packets; beside this other tests may run, so the longest read counts."""
+    assert max(reads(engine, 5)) > 0.8
+    with socket.socket(type=socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+
+        def send() -> object:
+            return one.sendto(b"x", one.getsockname())
+
+        for wake in (engine.wake, send):
+            until(lambda: max(reads(engine, 1.5)) > 0.8)
+            with ThreadPoolExecutor() as pool:
+                began = time.monotonic()
+                reading = pool.submit(lambda: list(engine.read(60)))
+                time.sleep(0.1)
+                wake()
+                reading.result()
+                assert time.monotonic() - began < 0.8, wake
+
+
+FORKS = """
+import os, socket
+held = socket.socket()
+for _ in range(1500):
+    if not os.fork():
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_many_events_of_processes_wake_the_reader(engine: EbpfEngine) -> None:
+    list(engine.read(0))
+    with ThreadPoolExecutor() as pool:
+        poll = select.poll()
+        poll.register(engine._object.map_fd("events"), select.POLLIN)
+        waiting = pool.submit(lambda: poll.poll(60_000))
+        subprocess.run([sys.executable, "-c", FORKS], check=True)
+        assert waiting.result()
+    list(engine.read(0))
+    assert figure(engine, "events_lost") == 0

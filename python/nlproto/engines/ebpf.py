@@ -8,6 +8,7 @@ open. They end with this process, however it ends.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import select
 import struct
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -36,17 +37,20 @@ from nlproto.records.wire import (
     decode_process,
     lib,
 )
+from nlproto.running.descriptors import Wakeup
 
 __all__ = ["EbpfEngine"]
 
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
-_LONGEST = 0.1  # s of a read: nothing wakes the reader for events of processes
+_LONGEST = 1.0  # s of a read: until then a few events of processes wait
 _POLL = 0.02  # s. The programs wake the reader only for the first record after a pause
 _LATE = 0.2  # s that a record may take from its number to its place in the ring
 _COLLECT = 1.0  # s between two sweeps
-_COLLECT_SHARE = 50  # the time between two sweeps is at least this many times the last one's
+# The time between two sweeps is at least this many times the last one's,
+_COLLECT_SHARE, _QUIET_SHARE = 50, 500
+_QUIET = 1000  # and the second one if fewer records came since, and all sockets had room
 
 _SNAP_BYTES = 4 << 20  # as in bpf/snap.h
 _SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
@@ -77,6 +81,13 @@ class _Cpu:
     held_since: float = 0.0
 
 
+class _Sweep(NamedTuple):
+    at: float
+    took: float
+    records: int
+    full: int
+
+
 class EbpfEngine:
     """See nlproto.engines.engine.Engine. Raises NoBpf, which says what is missing here."""
 
@@ -98,6 +109,7 @@ class EbpfEngine:
         parts, self._object = load_programs(ring_bytes)
         self.whole = not parts
         self._links: NetfilterLinks | None = None
+        self._wakeup = Wakeup()
         try:
             self._map(ring_bytes)
             self._attach()
@@ -114,7 +126,8 @@ class EbpfEngine:
         self._netns = netns.own(Path("/proc"))
         self._batch_seq = 0
         self._until: dict[int, int] = {}
-        self._collect_again = time.monotonic() + _COLLECT
+        self._look_again = time.monotonic() + _COLLECT
+        self._swept = _Sweep(time.monotonic(), 0.0, 0, 0)
         self._busy_until = 0.0
         self._most_missed = 0
         self.begin()
@@ -131,6 +144,7 @@ class EbpfEngine:
         if self._links is not None:
             self._links.close()
         self._object.close()
+        self._wakeup.close()
 
     # The object
 
@@ -146,8 +160,10 @@ class EbpfEngine:
             self._object.map_fd("cpus"), _CPUS * _COUNTERS.itemsize, shared, mmap.PROT_READ
         )
         self._counters = np.frombuffer(counters, _COUNTERS)[: possible_cpus()]
-        self._poll = select.epoll()
-        self._poll.register(fd, select.EPOLLIN)
+        self._poll = select.poll()
+        for one in (fd, self._object.map_fd("events")):
+            self._poll.register(one, select.POLLIN)
+        self._wakeup.register(self._poll)
 
     def _attach(self) -> None:
         self._attached: list[str] = []
@@ -251,7 +267,9 @@ class EbpfEngine:
         records = self._take()
         if not len(records) and not any(len(cpu.held) for cpu in self._cpus.values()):
             now = time.monotonic()
-            self._poll.poll(min(timeout, _POLL) if now < self._busy_until else timeout)
+            longest = min(timeout, _POLL) if now < self._busy_until else timeout
+            for ready, _ in self._poll.poll(math.ceil(1000 * longest)):
+                self._wakeup.clear(ready)
             records = self._take()
         if len(records):
             self._busy_until = time.monotonic() + 10 * _POLL
@@ -286,16 +304,23 @@ class EbpfEngine:
     def _collect(self) -> None:
         """Remove from the kernel's tables what ended long enough ago."""
         now = time.monotonic()
-        if now < self._collect_again:
+        if now < self._look_again:
             return
-        self._object.programs["collect"].run()
+        self._look_again = now + _COLLECT
         if self._links is not None:
             self._links.look()
-        took = time.monotonic() - now
-        self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
+        records, full = (int(self._counters[name].sum()) for name in ("seq", "full"))
+        last = self._swept
+        quiet = records - last.records < _QUIET and full == last.full
+        if now - last.at < last.took * (_QUIET_SHARE if quiet else _COLLECT_SHARE):
+            return
+        began = time.monotonic()
+        self._object.programs["collect"].run()
+        self._swept = _Sweep(began, time.monotonic() - began, records, full)
 
     def wake(self) -> None:
-        """Do nothing: read() never waits long."""
+        """See Engine."""
+        self._wakeup.wake()
 
     def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
