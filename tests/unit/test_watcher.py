@@ -16,6 +16,7 @@ from daemon.system.watcher import _SOCKETS, Watcher, _pause
 from nlproto.errors import Error
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket
+from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 from waiting import stand_in, until
 
@@ -220,3 +221,26 @@ def test_a_user_with_many_processes_does_not_hold_up_details_of_others(
     watcher._known(sockets_of(range(1000, 1200), 1000) + sockets_of([7], 1001))
     watcher._meet()
     assert 7 in read
+
+
+def test_drops_count_for_the_user_of_the_socket_and_else_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A socket that is not known has no cookie: nor have some sockets of other processes."""
+    portmap = PortMap()
+    bound = [
+        BoundSocket((1, 17, 2, bytes(16), 50 + tgid), tgid, 10, 0, "x", cookie)
+        for cookie, tgid in ((0, 1), (5, 2))
+    ]
+    portmap.replace_bound(bound, 0)
+    watcher = Watcher("packet", stand_in(None), lambda *_, **__: None, print, Holders())
+    told = []
+    watcher.on_reason = lambda *what: told.append(what)
+    watcher.dropped = {0: {"WHY": 2}, 5: {"ROOM": 3}}
+    watcher._count_reasons(portmap)
+    assert told == [(2, 10, b"x", "ROOM", 3)]
+    watcher.dropped[5] = {"ROOM": 7}
+    watcher._count_reasons(portmap)
+    monkeypatch.setattr("daemon.system.watcher._STRANGE", 0.0)
+    watcher._count_reasons(portmap)
+    assert told[1:] == [(2, 10, b"x", "ROOM", 4), (0, 0, b"", "WHY", 2)]

@@ -243,7 +243,7 @@ class Watcher:
         self._told_dropped = now
         if not news:
             return
-        owners = portmap.with_cookies({cookie for cookie, _ in news})
+        owners = portmap.with_cookies({cookie for cookie, _ in news if cookie})
         moment, before = time.monotonic(), self._strangers
         strangers = {key: before.get(key, moment) for key in news if key[0] not in owners}
         self._strangers = {key: at for key, at in strangers.items() if moment - at < _STRANGE}
