@@ -146,3 +146,22 @@ def test_a_look_that_takes_long_is_not_waited_for(machine: Machine) -> None:
         going_on.set()
         until(lambda: sockets.get(ROOTS[0]) is not None, 30, "the look's end")
         assert sockets.tables().keys() == {OWN, *machine.owners} and sockets.behind() == set()
+
+
+def test_the_end_does_not_wait_for_a_look_that_hangs(machine: Machine) -> None:
+    going_on = threading.Event()
+
+    class Hanging:
+        def paths(self) -> dict[int, Path]:
+            assert going_on.wait(60)
+            return {}
+
+    finder: Any = Hanging()
+    sockets = NamespaceSockets(lambda: machine.now_ns, finder=finder, wait_s=0.01)
+    sockets.tables()
+    ending = threading.Thread(target=sockets.close, daemon=True)
+    ending.start()
+    ending.join(30)
+    there = ending.is_alive()
+    going_on.set()
+    assert not there

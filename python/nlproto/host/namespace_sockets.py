@@ -23,6 +23,7 @@ __all__ = ["NamespaceSockets", "PerNamespace"]
 _LOOK_NS = 2_000_000_000
 _REST_NS = 250_000_000  # the same if the last look had no time for all
 _BEHIND_NS = 5_000_000_000
+_LEAVING_S = 1.0  # the longest wait for a look at the end
 _COLD_S = 0.3  # the longest wait for a look after so long without one
 
 
@@ -88,7 +89,7 @@ class PerNamespace(Closing, Generic[S]):
 
     def close(self) -> None:
         """Close all sockets."""
-        self._beside.join()
+        self._beside.join(_LEAVING_S)
         self._take_found()
         for diag in self._namespaces.values():
             if diag is not None:

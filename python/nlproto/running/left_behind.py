@@ -95,10 +95,10 @@ class Beside:
         """Whether it is at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def join(self) -> None:
-        """Return when it is not at work."""
+    def join(self, wait_s: float) -> None:
+        """Return when it is not at work, or after `wait_s`."""
         if (thread := self._thread) is not None:
-            thread.join()
+            thread.join(wait_s)
 
     def run(self, wait_s: float) -> bool:
         """Begin, unless it runs already. Returns whether it ended within `wait_s`.
