@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from attribution.recorder import Recorder
 from sockets import LOOPBACK, listening
+from vmtest.kernlog import KernelLog, problems
 
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records.wire import lib
@@ -103,8 +104,13 @@ def _a_packet_is_named() -> None:
 
 
 @pytest.mark.patience(3600)
-def test_a_load_that_finds_no_memory_fails_cleanly(module_file: Path, unloaded: None) -> None:
-    """Each allocation in turn; a load that can do without one may go on, and then names."""
+def test_a_load_that_finds_no_memory_fails_cleanly(
+    module_file: Path, unloaded: None, kernel_log: KernelLog
+) -> None:
+    """Each allocation in turn; a load that can do without one may go on, and then names.
+
+    The kernel itself warns when it has no memory for a module's static keys.
+    """
     module = os.open(module_file, os.O_RDONLY | os.O_CLOEXEC)
     refused: set[int] = set()
     borne, nth, reached = 0, 1, True
@@ -122,6 +128,8 @@ def test_a_load_that_finds_no_memory_fails_cleanly(module_file: Path, unloaded: 
         _a_packet_is_named()
     finally:
         os.close(module)
+    said = [line for line in problems(kernel_log.read()) if "kernel/jump_label.c" not in line]
+    assert said == []
     print(f"{nth - STEP} allocations, each {STEP}. failed; {borne} loads bore it; errors {refused}")
     assert nth > 50
     assert refused <= {errno.ENOMEM, errno.EINVAL, errno.ENOENT, errno.EAGAIN}, refused
