@@ -70,11 +70,29 @@ def test_lookups_go_on_with_sock_diag(diag: SockDiag, bound: Tuple) -> None:
     assert int(found["cookie"]) != 0, "/proc/net was read"
 
 
-def test_the_next_packet_of_a_flow_is_named(diag: SockDiag, bound: Tuple) -> None:
+def test_a_packet_is_named_all_the_same(diag: SockDiag, bound: Tuple) -> None:
+    """Its flow is asked about alone, if the answers for all had no room."""
     names = PacketNames(diag, Holders(), lambda *_: True, time.monotonic_ns)
     fill(diag)
-    hows = [wire.how_name(int(name_one(names, bound)["how"])) for _ in range(2)]
-    assert hows == ["not_probed", "diag"]
+    assert wire.how_name(int(name_one(names, bound)["how"])) == "diag"
+
+
+def test_the_next_packet_of_a_flow_is_named(
+    diag: SockDiag, bound: Tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = PacketNames(diag, Holders(), lambda *_: True, time.monotonic_ns)
+    find_many = diag.find_many
+
+    def full(*ends: Any) -> Any:
+        fill(diag)
+        found = find_many(*ends)
+        fill(diag)
+        return found
+
+    monkeypatch.setattr(diag, "find_many", full)
+    assert wire.how_name(int(name_one(names, bound)["how"])) == "not_probed"
+    monkeypatch.undo()
+    assert wire.how_name(int(name_one(names, bound)["how"])) == "diag"
 
 
 def name_one(names: PacketNames, one: Tuple) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from nlproto.host import procfs
 from nlproto.host.sockdiag import SockDiag, TcpState
+from nlproto.host.socket_lookup import SocketLookup, Tuple
 from waiting import there
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
@@ -184,3 +186,52 @@ def test_packets_without_room_are_counted_as_the_kernel_does(diag: SockDiag) -> 
         assert 0 < row["drops"] == int(line.split()[12])
         (read,) = [one for one in procfs.tables() if one["inode"] == inode(full)]
         assert read["drops"] == row["drops"]
+
+
+@families
+def test_many_are_found_with_one_call_as_each_alone(diag: SockDiag, made: Any, family: Any) -> None:
+    here = octets(family, LOOPBACK[family])
+    sockets = [made(family, socket.SOCK_DGRAM) for _ in range(50)]
+    ends = [(UDP, family, here, one.getsockname()[1], here, 9) for one in sockets]
+    ends[10:10] = [(TCP, family, here, 1, here, 9)]  # nobody's
+    found = diag.find_many(ends)
+    assert [None if row is None else int(row["inode"]) for row in found] == [
+        *(inode(one) for one in sockets[:10]),
+        None,
+        *(inode(one) for one in sockets[10:]),
+    ]
+    assert [row if row is None else row.tobytes() for row in found] == [
+        row if (row := diag.find(*one)) is None else row.tobytes() for one in ends
+    ]
+    assert diag.find_many([]) == []
+
+
+def test_what_comes_after_a_request_that_fails_is_not_answered(diag: SockDiag, made: Any) -> None:
+    here, port = (
+        octets(socket.AF_INET, "127.0.0.1"),
+        made(socket.AF_INET, socket.SOCK_DGRAM).getsockname()[1],
+    )
+    good, bad = (UDP, socket.AF_INET, here, port, here, 9), (UDP, 99, here, port, here, 9)
+    assert [row is not None for row in diag.find_many([good, good, bad, good])] == [True, True]
+    assert diag.find(*good) is not None
+
+
+def test_packets_that_wait_are_asked_about_together(
+    diag: SockDiag, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not again: each answer is of that moment."""
+    lookup = SocketLookup(diag, time.monotonic_ns)
+    here = octets(socket.AF_INET, "127.0.0.1")
+    ports = [made(socket.AF_INET, socket.SOCK_DGRAM).getsockname()[1] for _ in range(3)]
+    several = [Tuple(UDP, socket.AF_INET, here, port, here, 9) for port in ports]
+    lookup.ask_together(several)
+    alone, find = [], diag.find
+
+    def counted(*one: Any) -> Any:
+        alone.append(one)
+        return find(*one)
+
+    monkeypatch.setattr(diag, "find", counted)
+    assert [there(lookup.find(one))["sport"] for one in several] == ports
+    assert not alone
+    assert there(lookup.find(several[0]))["sport"] == ports[0] and len(alone) == 1

@@ -31,7 +31,7 @@ from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import SockDiag, TcpState
-from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
+from nlproto.host.socket_lookup import SocketLookup, Tuple
 from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
@@ -179,6 +179,7 @@ class PacketNames:
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         self._doubt_who_left(groups)
+        self._ask_together([] if over() else groups)
         for group in groups:
             rows, out = group.rows, group.out
             one = tuple_of_key(group.key)
@@ -227,6 +228,22 @@ class PacketNames:
         for one in self._holders.have_left(list(known)) if known else ():
             for flow in known[one]:
                 flow.settled = flow.how == lib.SNIFFER_HOW_LISTENER
+
+    def _ask_together(self, groups: Iterable[PacketGroup]) -> None:
+        """Ask for the sockets that _flow() will want, with one call: each is a fight for a lock."""
+        oldest_ns = self._now_ns() - (_SOON_NS if self._soon.allows() else TTL_NS)
+        asked = []
+        for group in groups:
+            known = self._flows.get(group.key)
+            settled = known is not None and known.settled and known.checked_ns > oldest_ns
+            if not group.to_all and not group.over and (group.syn or not settled):
+                one = tuple_of_key(group.key)
+                if group.out or self._is_local(one.family, one.local):
+                    asked.append(one)
+        if self._nat is not None:
+            self._nat.begin()
+        with self._soon.spend():
+            self._sockets.ask_together(asked)
 
     def _doubt(self, flow: PacketFlow, over: Callable[[], bool]) -> None:
         """Flag records of a UDP port with several sockets: nothing says which one it was."""
@@ -457,7 +474,7 @@ class PacketNames:
         """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         try:
-            receivers = self._receivers(one)
+            receivers = self._sockets.receivers(one)
         except Error:  # as in _flow()
             records["how"][rows] = lib.SNIFFER_HOW_NOT_PROBED
             return []
@@ -479,21 +496,3 @@ class PacketNames:
             copies.append(copy)
         fill(records, [(rows, flows[0])])
         return copies
-
-    def _receivers(self, one: Tuple) -> list[np.void]:
-        """Return the UDP sockets that receive a multicast or broadcast.
-
-        By default each socket on the port receives every group that anybody here joined
-        (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
-        """
-        found = []
-        for row in self._sockets.bound(one.proto, one.lport):
-            tuple_ = tuple_of_socket(row)
-            local = tuple_.local == ANY or tuple_.local in (one.local, mapped(one.local))
-            remote = not tuple_.rport or (
-                tuple_.rport == one.rport and tuple_.remote in (one.remote, mapped(one.remote))
-            )
-            family = tuple_.family == one.family or tuple_.family == socket.AF_INET6
-            if local and remote and family:
-                found.append(row)
-        return found

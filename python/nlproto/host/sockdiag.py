@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -231,6 +232,30 @@ class SockDiag(DiagSocket):
         if read in (0, -errno.ENOENT):
             return None
         raise refused(-read)
+
+    def find_many(
+        self, ends: Sequence[tuple[int, int, bytes, int, bytes, int]]
+    ) -> list[np.void | None]:
+        """Do find() for each of `ends` (proto, family, local, lport, remote, rport) in one call.
+
+        The list is shorter if there are many, or if the kernel has no answer now.
+        """
+        ends = ends[: len(self._found)]
+        requests = b"".join(
+            self._make(family, proto, False, local, lport, remote, rport, 0)
+            for proto, family, local, lport, remote, rport in ends
+        )
+        results = ffi.new("int[]", len(ends))
+        count = lib.host_diag_find(
+            self._socket.fileno(), requests, _REQUEST_BYTES, len(ends), self._view, _BUFFER,
+            self._sockets, results, int(PATIENCE_S * 1000),
+        )  # fmt: skip
+        read = ffi.unpack(results, count) if count else []
+        if read and read[-1] < 0 and -read[-1] != errno.ENOENT:
+            self._drain()
+            del read[-1]
+        rows = self._found[: len(read)].copy()
+        return [row if there > 0 else None for row, there in zip(rows, read, strict=True)]
 
 
 def _no_answer() -> Error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc
 _BOUND_NS = 200_000_000  # how long the sockets of a port stay valid
 _RIVALS_NS = 10_000_000  # the same where a new one would matter
 _BOUND_LIMIT = 1024  # ports
+_TOGETHER = 256
+"""So many answers are not yet old when the last of them is used."""
 
 
 class Tuple(NamedTuple):
@@ -75,17 +77,26 @@ class SocketLookup:
         self._table: dict[Tuple, np.void] = {}
         self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
         self._bound: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        self._answers: dict[Tuple, np.void | None] = {}
+        """Those of ask_together()."""
 
     @property
     def by_diag(self) -> bool:
         """Whether sock_diag answers."""
         return self._diag is not None
 
+    def ask_together(self, several: Sequence[Tuple]) -> None:
+        """Ask sock_diag about `several`. The next find() of each returns its answer."""
+        answers = [] if self._diag is None else self._diag.find_many(several[:_TOGETHER])
+        self._answers = dict(zip(several, answers, strict=False))
+
     def find(self, one: Tuple) -> np.void | None:
         """Return the socket (HOST_SOCKET) of a packet of `one`; None if there is none.
 
         Raises Error, as all of these, if the kernel has no answer now.
         """
+        if one in self._answers:
+            return self._answers.pop(one)
         if self._diag is not None:
             try:
                 return self._diag.find(
@@ -124,6 +135,24 @@ class SocketLookup:
         same = (bound["dport"] == 0) & (bound["family"] == row["family"])
         same &= (bound["saddr"] == row["saddr"]).all(axis=1)
         found: np.ndarray = bound[same]
+        return found
+
+    def receivers(self, one: Tuple) -> list[np.void]:
+        """Return the UDP sockets that receive a multicast or broadcast.
+
+        By default each socket on the port receives every group that anybody here joined
+        (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
+        """
+        found = []
+        for row in self.bound(one.proto, one.lport):
+            tuple_ = tuple_of_socket(row)
+            local = tuple_.local == ANY or tuple_.local in (one.local, mapped(one.local))
+            remote = not tuple_.rport or (
+                tuple_.rport == one.rport and tuple_.remote in (one.remote, mapped(one.remote))
+            )
+            family = tuple_.family == one.family or tuple_.family == socket.AF_INET6
+            if local and remote and family:
+                found.append(row)
         return found
 
     def _read_tables(self) -> None:

@@ -37,6 +37,7 @@ _NEW_GROUP, _DESTROY_GROUP = 1, 3
 _ADD_MEMBERSHIP = 1
 _SUBSYSTEM = 1 << 8
 _CT_NEW, _CT_GET, _CT_DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_CT_STATS, _STATS_ENTRIES = _SUBSYSTEM | 5, 1
 _NFGEN = struct.Struct("=BBH")
 _HEAD = 20  # struct nlmsghdr and nfgenmsg
 _ORIG, _REPLY, _STATUS, _PROTOINFO, _ID, _ZONE, _STATUS_MASK = 1, 2, 3, 4, 12, 18, 26
@@ -210,12 +211,28 @@ class ConntrackLookup(Closing):
         self._again = again
         self._looked_ns = 0
         self._asking: Connection | None = None
+        self._empty: bool | None = None
+        """Whether the kernel follows no connection; None: not asked since begin()."""
         self._open()
 
     def close(self) -> None:
         """Close its Netlink socket."""
         if self._asking is not None:
             self._asking.close()
+
+    def begin(self) -> None:
+        """Packets have come since the last one was asked for."""
+        self._empty = None
+
+    def _is_empty(self, asking: Connection) -> bool:
+        if self._empty is None:
+            try:
+                found = next(asking.exchange(_CT_STATS, 0, _NFGEN.pack(0, 0, 0)))
+                entries = dict(attributes(found.payload[_NFGEN.size :]))[_STATS_ENTRIES]
+                self._empty = not any(entries)
+            except (OSError, Error, StopIteration, KeyError):
+                self._empty = False
+        return self._empty
 
     def _open(self) -> None:
         self._looked_ns = self._now_ns()
@@ -230,7 +247,7 @@ class ConntrackLookup(Closing):
         """
         if self._asking is None and self._again and self._now_ns() - self._looked_ns > _LOOK_NS:
             self._open()
-        if self._asking is None or family not in _ADDRESSES:
+        if self._asking is None or family not in _ADDRESSES or self._is_empty(self._asking):
             return None
         # the kernel finds a connection by either of its tuples
         one, other = _ADDRESSES[socket.AddressFamily(family)]

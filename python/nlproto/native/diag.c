@@ -184,6 +184,29 @@ int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf,
 	return (int)n;
 }
 
+uint32_t host_diag_find(int fd, const uint8_t *requests, uint32_t length, uint32_t count,
+			uint8_t *buf, uint32_t size, struct host_socket *found, int *results,
+			int patience_ms)
+{
+	const size_t head = sizeof(struct nlmsghdr);
+	uint32_t i;
+
+	for (i = 0; i < count; i++) {
+		const uint8_t *request = requests + (size_t)i * length;
+		struct inet_diag_req_v2 asked;
+		struct nlmsghdr h;
+		int done;
+
+		memcpy(&h, request, head);
+		memcpy(&asked, request + head, sizeof(asked));
+		results[i] = host_diag_ask(fd, request, length, buf, size, h.nlmsg_seq,
+					   asked.sdiag_protocol, found + i, 1, &done, patience_ms);
+		if (results[i] < 0 && results[i] != -ENOENT)
+			return i + 1;
+	}
+	return count;
+}
+
 int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,
 		  uint32_t max, int *done)
 {
