@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +29,8 @@ NAME = f"ct{os.getpid()}"
 def inside() -> Iterator[Any]:
     """Runs a function in a new network namespace."""
     sh(f"ip netns add {NAME}")
-    path = f"/run/netns/{NAME}"
-    number = os.stat(path).st_ino
+    path = Path("/run/netns") / NAME
+    number = path.stat().st_ino
     try:
         sh(f"ip -n {NAME} link set lo up")
         yield lambda call: netns.run_inside(path, number, call)
