@@ -66,7 +66,8 @@ def test_where_no_connection_is_followed_one_question_is_enough(inside: Any) -> 
 
 
 RULES = """
-table ip t { chain out { type nat hook output priority -100; udp dport 5300 dnat to 127.0.0.1:5353; }
+table ip t { chain out { type nat hook output priority -100;
+udp dport 5300 dnat to 127.0.0.1:5353; }
 chain in { type nat hook postrouting priority 100; }; }
 """
 

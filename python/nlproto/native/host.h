@@ -109,9 +109,9 @@ int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf,
 		  int patience_ms);
 
 /*
- * Sends `count` requests without dump one after the other, `length` bytes each, and reads the
- * answer of each into its place in `found`. results: 1, 0 or -errno of each. It ends at the first
- * error but -ENOENT. Returns how many results there are.
+ * Sends `count` requests without dump one after the other, `length` bytes each. Reads the answer
+ * of each into its place in `found`. results: 1, 0 or -errno of each. It ends at the first error
+ * but -ENOENT. Returns how many results there are.
  */
 uint32_t host_diag_find(int fd, const uint8_t *requests, uint32_t length, uint32_t count,
 			uint8_t *buf, uint32_t size, struct host_socket *found, int *results,
