@@ -114,3 +114,17 @@ def test_that_no_thread_can_be_started_is_one_line(tmp_path: Path) -> None:
         " raise the limit of tasks (TasksMax=, ulimit -u), or end some"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_daemon_ends_though_a_thread_of_it_hangs() -> None:
+    """Python waits for the threads of every executor."""
+    code = """
+import concurrent.futures, runpy, sys, time
+concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 600)
+sys.argv = ["packet-hunterd", "--version"]
+runpy.run_module("daemon", run_name="__main__")
+"""
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"packet-hunterd {nlproto.__version__}\n"
