@@ -81,10 +81,13 @@ def test_who_has_no_time_left_asks_nobody_more(monkeypatch: pytest.MonkeyPatch) 
     """A user can have hundreds of processes that could have the socket."""
     asked: set[int] = set()
     real, reader = procfs.held_sockets, threading.current_thread()
+    go_on = threading.Event()
 
     def read(pids: Any, *rest: Any) -> Any:
-        if threading.current_thread() is reader:  # not the walk beside it
+        if threading.current_thread() is reader:
             asked.update(pids)
+        else:
+            go_on.wait(60)  # the walk beside it
         return real(pids, *rest)
 
     monkeypatch.setattr(procfs, "held_sockets", read)
@@ -98,6 +101,7 @@ def test_who_has_no_time_left_asks_nobody_more(monkeypatch: pytest.MonkeyPatch) 
             assert holders.find_soon(NOBODYS, 0) == ()
             assert holders.find_anywhere(NOBODYS) == () and not holders.exhaustive
         assert not asked & older
+        go_on.set()
         until(lambda: holders.find_soon(NOBODYS, 0) == () and bool(asked & older))
 
 
