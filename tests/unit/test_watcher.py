@@ -39,7 +39,7 @@ def watched() -> Iterator[tuple[Any, ...]]:
         add_connected=lambda *_: None,
         keep_cookies=lambda *_: None,
         expire=lambda *_: None,
-        with_cookies=lambda _: {},  # a socket of this machine may have dropped packets
+        last_users=lambda _: {},  # a socket of this machine may have dropped packets
     )
     pipeline = SimpleNamespace(
         engine_stats={},
@@ -90,6 +90,35 @@ def test_who_sees_everything_and_asks_again_need_not_wait(
     assert len(looks) == 1
     watcher.refresh(lambda: None, True)
     until(lambda: len(looks) == 2, 10, "the look")
+
+
+@pytest.mark.parametrize(("age", "full", "waits"), [(2, True, 0), (2, False, 1), (3600, True, 1)])
+def test_who_sees_everything_does_not_wait_long_for_a_look_that_takes_long(
+    watched: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    age: float,
+    full: bool,
+    waits: bool,
+) -> None:
+    """On a machine without time a look of 2 s ago is better than no answer; of an hour ago not."""
+    monkeypatch.setattr("daemon.system.watcher._PATIENCE", 600.0)
+    monkeypatch.setattr("daemon.system.watcher._BUSY", 0.0)
+    watcher, _ = watched
+    watcher.refresh(lambda: None)
+    go_on = threading.Event()
+    read = watcher.kernel.read
+    stand_in(watcher.kernel).read = lambda: (go_on.wait(60), read())[1]
+    watcher._looked = time.monotonic() - age
+    asked: list[None] = []
+
+    def stop() -> None:
+        asked.append(None)
+        if len(asked) == 10:
+            go_on.set()
+
+    watcher.refresh(stop, full)
+    go_on.set()
+    assert (len(asked) >= 10) == waits
 
 
 def test_a_look_does_not_wait_for_details_of_processes(

@@ -31,6 +31,9 @@ _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
 _SOON = 0.4  # s; after an older one there is the next, if root asks: the next question may not wait
 _PATIENCE = 3.0  # s that a question waits for it
+_BUSY, _LATE = 0.3, 3.0
+"""After the first, who sees everything takes a look that is not older than the second, s: looks are
+slow, so the machine has no time for them."""
 _SHARE = 500  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless the last look would get older than this
 _DETAILS = 0.05  # s after a look for details of users' processes
@@ -133,17 +136,21 @@ class Watcher:
     def refresh(self, stop: Callable[[], None], full: bool = False) -> None:
         """Return when it was, or after 3 s. Any thread. `stop` ends it by raising.
 
-        `full`: a user asks who sees everything. Such users often ask again.
+        `full`: a user asks who sees everything. Such users often ask again, and do not wait long on
+        a machine that has no time for looks.
         """
-        wanted = time.monotonic() - _FRESH
-        if full and time.monotonic() - self._looked > _SOON:
+        began = time.monotonic()
+        wanted = began - _FRESH
+        if full and began - self._looked > _SOON:
             self._soon = True
             self._asked.set()
         with self._news:
-            while self._looked < wanted and time.monotonic() < wanted + _FRESH + _PATIENCE:
+            while self._looked < wanted and time.monotonic() < began + _PATIENCE:
                 self._asked.set()
                 self._news.wait(0.02)
                 stop()
+                if full and time.monotonic() - began > _BUSY:
+                    wanted = began - _LATE
 
     def drop_figures(self) -> dict[str, Any]:
         """Return for stats whether drops have reasons, and those that no socket has. Any thread."""
@@ -228,8 +235,7 @@ class Watcher:
         drops = self._drops.take(self.kernel.tables.values())
         if not drops:
             return
-        for cookie, owners in portmap.with_cookies(drops).items():
-            owner = owners[0]
+        for cookie, owner in portmap.last_users(drops).items():
             self.on_drops(owner.tgid, owner.start_ns, owner.comm.encode(), drops[cookie])
 
     def _count_reasons(self, portmap: PortMap) -> None:
@@ -243,7 +249,7 @@ class Watcher:
         self._told_dropped = now
         if not news:
             return
-        owners = portmap.with_cookies({cookie for cookie, _ in news if cookie})
+        owners = portmap.last_users({cookie for cookie, _ in news if cookie})
         moment, before = time.monotonic(), self._strangers
         strangers = {key: before.get(key, moment) for key in news if key[0] not in owners}
         self._strangers = {key: at for key, at in strangers.items() if moment - at < _STRANGE}
@@ -252,7 +258,7 @@ class Watcher:
         for (cookie, reason), count in news.items():
             whom = 0, 0, b""
             if cookie in owners:
-                owner = owners[cookie][0]
+                owner = owners[cookie]
                 whom = owner.tgid, owner.start_ns, owner.comm.encode()
             self.on_reason(*whom, reason, count)
 
