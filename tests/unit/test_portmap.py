@@ -63,7 +63,9 @@ def test_all_holders_of_a_shared_listener_are_listed() -> None:
 
 def test_who_was_last_seen_with_a_socket_is_one_owner_however_many_have_it() -> None:
     portmap = PortMap()
-    portmap.replace_bound([_bound(80, 1), _bound(80, 2), _bound(80, 3), _bound(81, 4, cookie=2)], 10)
+    portmap.replace_bound(
+        [_bound(80, 1), _bound(80, 2), _bound(80, 3), _bound(81, 4, cookie=2)], 10
+    )
     portmap.add_connected([_bound(80, 2, cookie=1)], 30)
     found = portmap.last_users([1, 2, 3])
     assert {cookie: one.tgid for cookie, one in found.items()} == {1: 2, 2: 4}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -141,5 +142,24 @@ def test_an_unforeseen_failure_is_an_answer_and_the_next_question_is_served(
         await asked.until(lambda: len(asked.answers) == 2)
         assert isinstance(asked.answers[0][1], Error)
         assert asked.answers[1] == ("next", 5)
+
+    _run(test)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go first")
+def test_who_sees_everything_goes_before_all_others_of_the_machine() -> None:
+    """A nice value counts in a session alone. So root waited for what other users started."""
+
+    def first(stop: Any) -> bool:
+        policy = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return policy == os.SCHED_RR or nice == -10
+
+    async def test() -> None:
+        asked = Asked()
+        asked.ask(0, first, full=True, name="root")
+        asked.ask(1000, first, name="a user")
+        await asked.until(lambda: len(asked.answers) == 2)
+        assert sorted(asked.answers) == [("a user", False), ("root", True)]
 
     _run(test)

@@ -20,7 +20,7 @@ import numpy as np
 from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.filters.filter import Filter
-from nlproto.running.urgency import go_before_others
+from nlproto.running.urgency import Urgency
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Lane", "EncodedPiece", "Publisher", "Stream", "Subscriber"]
@@ -198,10 +198,11 @@ class Publisher:
     # The thread
 
     def _run(self) -> None:
-        if self._allowance is None:
-            go_before_others()
+        urgency = Urgency()
         meter = Meter(self._allowance)
         while True:
+            if self._allowance is None:
+                urgency.look()
             self._rest(meter.pause())
             with self._changed:
                 self._changed.wait_for(lambda: self._rounds or self._until is not None)

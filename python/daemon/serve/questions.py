@@ -18,7 +18,7 @@ from typing import Any
 from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.errors import Error
-from nlproto.running.urgency import go_before_others
+from nlproto.running.urgency import Urgency
 
 __all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "StopIfGone"]
 
@@ -50,7 +50,7 @@ class QueuedQuestion:
     cancelled: bool = field(default=False, init=False)
     running: bool = field(default=False, init=False)
 
-    def run(self, allowance: Allowance) -> Any:
+    def run(self, allowance: Allowance, urgency: Urgency) -> Any:
         """Return the result, or the Error to send. Runs in its thread."""
         meter = Meter(None if self.full else allowance)
         looked = began = time.monotonic()
@@ -60,6 +60,8 @@ class QueuedQuestion:
             now = time.monotonic()
             if now - looked > _PART:
                 looked = now
+                if self.full:
+                    urgency.look()
                 _sleep(meter.pause(), self)
             if self.cancelled:
                 raise Cancelled
@@ -67,6 +69,8 @@ class QueuedQuestion:
                 raise Error(f"no answer within {_LONGEST:g} s; ask for less")
 
         try:
+            if self.full:
+                urgency.look()
             stop()
             return self.work(stop)
         except Cancelled:
@@ -95,7 +99,8 @@ class Questions:
         self._loop = loop
         self._allowance = allowance
         self._may_answer = may_answer
-        self._sides = {True: _Side("questions-all", go_before_others), False: _Side("questions")}
+        self._sides = {True: _Side("questions-all"), False: _Side("questions")}
+        self._urgency = Urgency()
         self._ended = False
         self.cancelled = 0
 
@@ -145,7 +150,9 @@ class Questions:
             side.running = question
             question.running = True
             try:
-                future = self._loop.run_in_executor(side.executor, question.run, self._allowance)
+                future = self._loop.run_in_executor(
+                    side.executor, question.run, self._allowance, self._urgency
+                )
             except RuntimeError as error:  # no thread can be started
                 side.running = None
                 question.done(Error(f"the daemon cannot work on this now ({error}); try again"))
@@ -163,8 +170,8 @@ class Questions:
 
 
 class _Side:
-    def __init__(self, name: str, begin: Callable[[], None] | None = None) -> None:
-        self.executor = ThreadPoolExecutor(1, name, begin)
+    def __init__(self, name: str) -> None:
+        self.executor = ThreadPoolExecutor(1, name)
         self.rounds: Rounds[QueuedQuestion] = Rounds()
         self.running: QueuedQuestion | None = None
         self.waiting = 0
