@@ -16,9 +16,7 @@ __all__ = ["Slices"]
 
 _ROOT = Path("/sys/fs/cgroup")
 _WHOLE = 20  # times the weight of a group that is not told; with more, kernel threads would starve
-_REALTIME = (900_000, 400_000)
-"""us of each second, where version 1 divides real time. Nothing divides it where services run. The
-second is for a trial beside another one."""
+_REALTIME = 900_000  # us of each second, where version 1 divides real time: nearly all of it
 
 
 class Slices:
@@ -46,6 +44,8 @@ class Slices:
     def __exit__(self, *_: object) -> None:
         for folder in reversed(self._folders):
             with contextlib.suppress(OSError):
+                if (folder / "cpu.rt_runtime_us").exists():  # or the next trial gets none at once
+                    (folder / "cpu.rt_runtime_us").write_text("0")
                 folder.rmdir()
         self._folders.clear()
 
@@ -67,7 +67,8 @@ class Slices:
         for part in (system, users, *parts):
             (part / "cpu.shares").write_text("1024")
         if (top / "cpu.rt_runtime_us").exists():
-            _divide_real_time(top, system)
+            for folder in (top, system):
+                (folder / "cpu.rt_runtime_us").write_text(str(_REALTIME))
         if self._memory:
             own = _ROOT / "memory" / _own("memory")
             above = self._folder(own / whole, own)
@@ -100,17 +101,6 @@ class Slices:
             for folder in self._folders:
                 if folder.name == name:
                     (self._homes[folder] / "cgroup.procs").write_text(str(os.getpid()))
-
-
-def _divide_real_time(*folders: Path) -> None:
-    for number, time_us in enumerate(_REALTIME):
-        try:
-            for folder in folders:
-                (folder / "cpu.rt_runtime_us").write_text(str(time_us))
-            return
-        except OSError:
-            if number + 1 == len(_REALTIME):
-                raise
 
 
 def _own(controller: str) -> str:
