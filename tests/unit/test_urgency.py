@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nlproto.running.urgency import Urgency, go_before_others
+from nlproto.running.urgency import Urgency
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go first")
 
@@ -125,23 +125,19 @@ def test_no_other_thread_is_touched() -> None:
     assert nice() == before
 
 
-def test_a_thread_that_others_wait_for_has_a_nice_value_of_its_own() -> None:
+@pytest.mark.parametrize("allowed", [True, False])
+def test_threads_that_it_starts_are_not_urgent(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work() -> None:
-        go_before_others()
-        assert policy() == os.SCHED_OTHER and nice() == -10
-        nices: list[Any] = []
-        child = threading.Thread(target=lambda: nices.append(nice()))
+        if not allowed:
+            monkeypatch.setattr("nlproto.running.urgency._CLASS", -1)  # EINVAL, as EPERM
+        Urgency().look()
+        assert first()
+        children: list[Any] = []
+        child = threading.Thread(target=lambda: children.append((policy(), nice())))
         child.start()
         child.join()
-        assert nices == [0]
-
-    in_a_thread(work)
-
-
-def test_a_class_that_somebody_else_gave_stays() -> None:
-    def work() -> None:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        go_before_others()
-        assert policy() == os.SCHED_BATCH and nice() != -10
+        assert children == [(os.SCHED_OTHER, 0)]
 
     in_a_thread(work)

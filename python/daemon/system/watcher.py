@@ -21,6 +21,7 @@ from nlproto.kernel.drop_reasons import NOT_SPECIFIED, Dropped, DropReasons
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.left_behind import Beside
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.running.urgency import Urgency
 from nlproto.tables.drops import Drops, added
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
@@ -89,7 +90,7 @@ class Watcher:
         """What was dropped at sockets whose user is not known, and since when."""
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
-            target=lambda: keep_going(self._watch, self._failures, on_death, urgent=True),
+            target=lambda: keep_going(self._watch, self._failures, on_death),
             name="watcher",
             daemon=True,
         )
@@ -172,6 +173,7 @@ class Watcher:
         return False
 
     def _go_round(self) -> None:
+        urgency = Urgency()
         jobs: list[tuple[float, Callable[[], None]]] = [
             (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
@@ -181,6 +183,7 @@ class Watcher:
         due = [0.0 for _ in jobs]
         while not self._stopping.is_set():
             self._asked.wait(max(0.0, min(due) - time.monotonic()))
+            urgency.look()
             for index, (interval, job) in enumerate(jobs):
                 started = time.monotonic()
                 if started < due[index] and not (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from nlproto.errors import Error
 from nlproto.running.descriptors import none_left
-from nlproto.running.urgency import go_before_others
+from nlproto.running.urgency import Urgency
 
 __all__ = ["PATIENCE", "Failures", "described", "keep_going"]
 
@@ -95,9 +95,10 @@ def keep_going(
     If it only fails, without a clear() in between, died(error) is called in the end. `urgent`:
     questions wait for this thread.
     """
-    if urgent:
-        go_before_others()
+    urgency = Urgency()
     while not failures.hopeless:
+        if urgent:
+            urgency.look()
         try:
             if not turn():
                 return

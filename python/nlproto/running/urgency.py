@@ -17,27 +17,14 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Urgency", "go_before_others"]
+__all__ = ["Urgency"]
 
 _NICE = -10
 _PRIORITY = 1  # the lowest of the real-time class
 _CLASS = os.SCHED_RR | os.SCHED_RESET_ON_FORK  # threads started from here are not urgent
 _LOOK_NS = 200_000_000  # between two looks at the time it used
-_SHARE = 2  # half of a processor's time is too much
-
-
-def go_before_others() -> None:
-    """Give the calling thread a nice value, but not the threads that it starts.
-
-    It does nothing without the right, or for a thread that somebody else gave a class.
-    """
-    if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK != os.SCHED_OTHER:
-        return
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, min(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
-        policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
-        os.sched_setscheduler(0, policy, os.sched_param(0))
+_SHARE = 2 if len(os.sched_getaffinity(0)) > 1 else 8
+"""Half of a processor's time is too much; of the only one, an eighth: several threads ask for it."""
 
 
 class Urgency:
@@ -98,9 +85,8 @@ class Urgency:
                 self._in_the_queue(min(_NICE, self._own_nice))
 
     def _in_the_queue(self, nice: int) -> None:
-        if os.sched_getscheduler(self._thread) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR:
-            # clearing the flag would need a right
-            policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
-            os.sched_setscheduler(self._thread, policy, os.sched_param(0))
         if os.getpriority(os.PRIO_PROCESS, self._thread) != nice:
             os.setpriority(os.PRIO_PROCESS, self._thread, nice)
+        policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK  # clearing the flag would need a right
+        if os.sched_getscheduler(self._thread) != policy:
+            os.sched_setscheduler(self._thread, policy, os.sched_param(0))
