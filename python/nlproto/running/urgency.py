@@ -24,7 +24,7 @@ _PRIORITY = 1  # the lowest of the real-time class
 _CLASS = os.SCHED_RR | os.SCHED_RESET_ON_FORK  # threads started from here are not urgent
 _LOOK_NS = 200_000_000  # between two looks at the time it used
 _SHARE = 2 if len(os.sched_getaffinity(0)) > 1 else 8
-"""Half of a processor's time is too much; of the only one, an eighth: several threads ask for it."""
+"""Half of a processor is too much; an eighth of the only one, which several threads ask for."""
 
 
 class Urgency:
