@@ -3,13 +3,14 @@
 
 Measures the look that a daemon makes at its start, with processes named.
 psutil.net_connections() and `lsof -i` answer the same question beside it, in turn, three
-rounds. Then daemons of each engine with these sockets and without, which are left alone for a
-minute: run it on an idle machine.
+rounds. Then daemons of each engine are started, and asked until they know all sockets. Last,
+daemons with these sockets and without are left alone for a minute: run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import resource
@@ -19,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
 from daemon.system.watcher import Watcher
+from nlproto.client.client import DaemonClient
 from nlproto.host.holders import Holders
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
@@ -80,24 +82,43 @@ def lsof_look() -> int:
     return done.stdout.count(b"\n")
 
 
-def idle(engine: str, seconds: float) -> float:
-    """CPU time, in percent of one, of a daemon that is not asked anything."""
+@contextlib.contextmanager
+def daemon(engine: str) -> Iterator[tuple[int, DaemonClient]]:
+    """A daemon that serves: (its pid, a client)."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "daemon.sock")
         command = [sys.executable, "-m", "daemon", "--engine", engine, "--socket", path]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             try:
                 while not os.path.exists(path):
-                    assert daemon.poll() is None, f"engine {engine} does not run here"
-                    time.sleep(0.1)
-                time.sleep(SETTLED)
-                one = psutil.Process(daemon.pid)
-                before, began = sum(one.cpu_times()[:2]), time.perf_counter()
-                time.sleep(seconds)
-                spent = sum(one.cpu_times()[:2]) - before
-                return 100 * spent / (time.perf_counter() - began)
+                    assert process.poll() is None, f"engine {engine} does not run here"
+                    time.sleep(0.01)
+                with DaemonClient(path) as client:
+                    yield process.pid, client
             finally:
-                daemon.terminate()
+                process.terminate()
+
+
+def start(engine: str, wanted: int) -> tuple[float, float]:
+    """Seconds from the start of a daemon until it serves, and until an answer has all sockets."""
+    began = time.perf_counter()
+    with daemon(engine) as (_, client):
+        serves = time.perf_counter() - began
+        while True:
+            found = client.who(listening=True, limit=1)
+            if found["complete"] and found["owners_total"] >= wanted:
+                return serves, time.perf_counter() - began
+
+
+def idle(engine: str, seconds: float) -> float:
+    """CPU time, in percent of one, of a daemon that is not asked anything."""
+    with daemon(engine) as (pid, _):
+        time.sleep(SETTLED)
+        one = psutil.Process(pid)
+        before, began = sum(one.cpu_times()[:2]), time.perf_counter()
+        time.sleep(seconds)
+        spent = sum(one.cpu_times()[:2]) - before
+        return 100 * spent / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -125,6 +146,12 @@ def main() -> None:
                 assert found >= wanted, f"{name} found {found} of {wanted}"
                 best[name] = min(best.get(name, took), took)
                 print(f"{name}: {took:.2f} s, {found} found", file=sys.stderr, flush=True)
+        starts = {
+            engine: min(
+                (start(engine, wanted) for _ in range(options.rounds)), key=lambda one: one[1]
+            )
+            for engine in ENGINES
+        }
         with_sockets = {engine: idle(engine, options.seconds) for engine in ENGINES}
     finally:
         for child in children:
@@ -135,6 +162,8 @@ def main() -> None:
     rows = [[name, f"{took:.2f}", f"{took / ours:.1f}"] for name, took in best.items()]
     words = f"{wanted:,} sockets of {options.processes:,} processes; best of {options.rounds}."
     shown = table(["who has which socket", "s", "times ours"], rows)
+    told = [[engine, *(f"{one:.2f}" for one in times)] for engine, times in starts.items()]
+    shown += "\n\n" + table(["a daemon's start", "serves, s", "answers have all sockets, s"], told)
     put("Start", "make bench-start", f"{words}\n\n{shown}")
     costs = [
         [engine, f"{with_sockets[engine]:.2f} %", f"{without[engine]:.2f} %"] for engine in without

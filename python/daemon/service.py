@@ -31,7 +31,7 @@ from daemon.system.connections import Connections
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
 from daemon.system.socketfile import SocketFile
-from daemon.system.watcher import Watcher
+from daemon.system.watcher import Watcher, present_sockets
 from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
@@ -39,6 +39,7 @@ from nlproto.host import procfs
 from nlproto.host.containers import ContainerFiles
 from nlproto.host.hashes import Hashes
 from nlproto.host.holders import Holders
+from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.host.netns import Finder
 from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
@@ -100,6 +101,8 @@ class Service:
             Namer(processes.start_of, holders, finder=finder) as namer,
             contextlib.ExitStack() as stack,
         ):
+            kernel = present_sockets(holders, finder)
+            kernel.look_ahead()  # opening the engine mostly waits for the kernel
             if config.sha256 == "on":
                 processes.hash = stack.enter_context(Hashes(processes.hashed)).ask
             overheard = stack.enter_context(
@@ -126,7 +129,9 @@ class Service:
                 overheard=overheard,
             )
             recorder.on_death = self._die
-            asyncio.run(self._serve(socket_file, pipeline, recorder, holders, overheard, finder))
+            asyncio.run(
+                self._serve(socket_file, pipeline, recorder, holders, overheard, finder, kernel)
+            )
         for line in pipeline.account.lines():
             log.info("%s", line)
         return 0 if self._death is None else 1
@@ -148,6 +153,7 @@ class Service:
         holders: Holders,
         overheard: Overheard,
         finder: Finder,
+        kernel: KernelSockets,
     ) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
@@ -170,6 +176,7 @@ class Service:
             self.config.ring_size,
             finder,
             drop_reasons=self.config.drop_reasons == "on",
+            kernel=kernel,
         )
         answers.dropped = lambda: watcher.dropped
         answers.kernel, answers.looks = watcher.kernel, watcher

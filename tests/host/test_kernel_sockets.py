@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from daemon.system.watcher import Watcher
+from nlproto.errors import Error
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from waiting import stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="holders of all sockets need root")
@@ -241,3 +245,44 @@ def test_a_look_ends_when_its_time_is_over_and_the_next_one_goes_on() -> None:
         assert {int.from_bytes(one, sys.byteorder) for one in cookies} <= kernel._held.keys()
         for one in many:
             one.close()
+
+
+def test_a_look_ahead_is_the_first_result_and_counts_from_its_own_beginning(
+    keeping: Keeping,
+) -> None:
+    before = bound()
+    keeping.kernel.look_ahead()
+    until(lambda: keeping.kernel.looked_ns, 60, "a look without being asked")
+    looked_ns, after = keeping.kernel.looked_ns, bound()
+    pipeline = SimpleNamespace(portmap=keeping.portmap, processes=Processes())
+    watcher = Watcher(
+        "packet",
+        stand_in(pipeline),
+        lambda *_, **__: None,
+        print,
+        keeping.holders,
+        kernel=keeping.kernel,
+    )
+    watcher._look_at_sockets()
+    assert (keeping.kernel.looked_ns, watcher._looked) == (looked_ns, looked_ns / 1e9)
+    assert (keeping.pids(before), keeping.pids(after)) == ([os.getpid()], [])
+    watcher._look_at_sockets()
+    assert keeping.pids(after) == [os.getpid()]
+    before.close()
+    after.close()
+
+
+def test_a_look_ahead_that_fails_is_told_to_who_reads_and_the_next_read_looks(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise Error("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(KernelSockets, "_read", fail)
+        keeping.kernel.look_ahead()
+        with pytest.raises(Error, match="no room"):
+            keeping.kernel.read()
+    assert keeping.kernel.looked_ns == 0
+    keeping.kernel.read()
+    assert keeping.kernel.looked_ns > 0

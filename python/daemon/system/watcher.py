@@ -26,7 +26,7 @@ from nlproto.tables.drops import Drops, added
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
 
-__all__ = ["Watcher"]
+__all__ = ["Watcher", "present_sockets"]
 
 _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
@@ -48,6 +48,11 @@ _TRIM = 10.0  # s between two times that free memory is given back
 log = logging.getLogger(__name__)
 
 
+def present_sockets(holders: Holders, finder: Finder | None) -> KernelSockets:
+    """Return what a Watcher looks at."""
+    return KernelSockets(holders, others_ns=_OTHERS_NS, finder=finder)
+
+
 class Watcher:
     """A thread; a context manager. `engine` is the configured name: auto, module or packet.
 
@@ -66,6 +71,7 @@ class Watcher:
         ring_bytes: int | None = None,
         finder: Finder | None = None,
         drop_reasons: bool = False,
+        kernel: KernelSockets | None = None,
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
@@ -73,7 +79,7 @@ class Watcher:
         self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
         self._holders, self._finder = holders, finder
-        self.kernel = KernelSockets(self._holders, others_ns=_OTHERS_NS, finder=finder)
+        self.kernel = present_sockets(holders, finder) if kernel is None else kernel
         """What the last look found."""
         self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
         """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
@@ -212,8 +218,8 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
-        before = time.monotonic_ns()
         found = self.kernel.read()
+        before = self.kernel.looked_ns
         bound = self._known(found.bound)
         if found.present is None:
             portmap.replace_bound(bound, before)

@@ -220,14 +220,14 @@ class Holders:
         elif not self.due() or not self.walk_beside(_TOGETHER_S):
             self._ask_born(0)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
-        for inode in inodes:
-            held = self._held_by(inode)
-            if len(held) == 1:
-                owner = ask(next(iter(held)))
-                found: tuple[Owner, ...] = () if owner is None else (owner,)
-            else:
-                found = self._owners(inode, held, ask)
-            yield inode, found
+        for at in range(0, len(inodes), _MANY):
+            some = inodes[at : at + _MANY]
+            with self._lock:
+                known = [self._by_inode.get(inode, {}).copy() for inode in some]
+            for inode, held in zip(some, known, strict=True):
+                held = held if self._whole else self._checked(inode)
+                only = ask(next(iter(held))) if len(held) == 1 else None
+                yield inode, (only,) if only else self._owners(inode, held, ask)
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
         """As find(), but ask only the newly born, then `likely`, then who had sockets before.

@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -122,6 +124,7 @@ class KernelSockets:
         """Maps each namespace to all its sockets (HOST_SOCKET), as of the last look."""
         self.looked_ns = 0
         """When that look began, CLOCK_MONOTONIC; 0: there was none yet."""
+        self._ahead: Future[HeldSockets] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +138,24 @@ class KernelSockets:
 
     def read(self) -> HeldSockets:
         """Look at the tables of all namespaces. The cost grows with their size. See HeldSockets."""
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            return ahead.result()
+        return self._look()
+
+    def look_ahead(self) -> None:
+        """Begin in a thread that nobody waits for at the end. The next read() has its result."""
+        ahead = self._ahead = Future[HeldSockets]()
+
+        def look() -> None:
+            try:
+                ahead.set_result(self._look())
+            except Exception as error:
+                ahead.set_exception(error)
+
+        threading.Thread(target=look, name="first look", daemon=True).start()
+
+    def _look(self) -> HeldSockets:
         began = self._now_ns()
         tables = self._namespaces.tables()
         self._unasked = set()
