@@ -40,7 +40,7 @@ test-ebpf: tools ## a part of it with engine ebpf, as make test plays it
 	PACKET_HUNTER_ENGINE=ebpf PACKET_HUNTER_SOME=1 $(PYTEST) tests/vm/test_attribution.py
 test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, ebpf, dmesg
 	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.matrix
-test-kasan: tools ## tests/vm, stress, failing allocations on a 6.1 with KASAN, lockdep, kmemleak (PIECES=; compiled once, 10 min)
+test-kasan: tools ## tests/vm, stress, failing allocations on 6.1 with KASAN, lockdep, kmemleak, and with KCSAN (PIECES=; each compiled once, 10 min)
 	@PYTHONPATH=tests/vm:tests $(PYTHON) -m vmtest.proof kasan $(PIECES)
 test-long: tools ## 200 loads, 1,000,000 sockets, attacks, broken packets in full on 6.1 (PIECES=; hours emulated)
 	@PYTHONPATH=tests/vm:tests $(PYTHON) -m vmtest.proof long $(PIECES)

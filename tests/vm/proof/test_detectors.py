@@ -17,6 +17,7 @@ from vmtest.kernlog import KernelLog, problems
 
 RELEASE = os.uname().release
 needs_debug = pytest.mark.skipif("-debug" not in RELEASE, reason="kernel 6.1-debug is needed")
+needs_races = pytest.mark.skipif("-races" not in RELEASE, reason="kernel 6.1-races is needed")
 KMEMLEAK = Path("/sys/kernel/debug/kmemleak")
 SOON = 3  # s: a detector that works later than at once
 
@@ -52,6 +53,11 @@ def test_a_planted_bug_is_found(kernel_log: KernelLog, bug: str, words: str) -> 
 @pytest.mark.boot("planted=lock_inversion")
 def test_a_lock_inversion_is_found(kernel_log: KernelLog) -> None:
     assert "possible circular locking" in plant("lock_inversion", kernel_log)
+
+
+@needs_races
+def test_a_data_race_is_found(kernel_log: KernelLog) -> None:
+    assert "KCSAN: data-race in count [planted] / count [planted]" in plant("data_race", kernel_log)
 
 
 @needs_debug

@@ -37,8 +37,14 @@ COMPILING = (
     *("bc", "bison", "cpio", "diffutils", "findutils", "flex", "gzip", "kmod"),
     *("libelf-dev", "libssl-dev", "perl", "tar", "xz-utils"),
 )
-# What finds bugs, and what the tests use that defconfig and kvm_guest.config leave out. Not
-# PROVE_RAW_LOCK_NESTING: 6.1's printk() to a serial console fails it at boot; then lockdep is off.
+# What finds data races. It knows no other bugs: KASAN and it exclude each other.
+RACE_OPTIONS = """\
+CONFIG_LOCALVERSION="-races"
+CONFIG_KCSAN=y
+CONFIG_KCSAN_SKIP_WATCH=1000
+"""
+# What finds other bugs. Not PROVE_RAW_LOCK_NESTING: 6.1's printk() to a serial console fails it at
+# boot; then lockdep is off.
 DEBUG_OPTIONS = """\
 CONFIG_LOCALVERSION="-debug"
 CONFIG_KASAN=y
@@ -62,6 +68,9 @@ CONFIG_FAILSLAB=y
 CONFIG_FAIL_PAGE_ALLOC=y
 CONFIG_FAULT_INJECTION_DEBUG_FS=y
 CONFIG_FAULT_INJECTION_STACKTRACE_FILTER=y
+"""
+# What both need, and what the tests use that defconfig and kvm_guest.config leave out.
+TEST_OPTIONS = """\
 CONFIG_DEBUG_INFO_NONE=y
 CONFIG_MODULES=y
 CONFIG_MODULE_UNLOAD=y
@@ -232,15 +241,15 @@ class Kernel:
     """A kernel to test on: where Debian keeps it.
 
     `suite` is the suite its packages and compiler come from, `pockets` further suites of the same
-    archive. `version` is the infix of its meta-packages. `debug` compiles Debian's source of that
-    version with KASAN, lockdep and kmemleak (ten minutes, once).
+    archive. `version` is the infix of its meta-packages. With `options` Debian's source of it
+    is compiled with them (ten minutes, once).
     """
 
     name: str
     suite: str
     pockets: tuple[str, ...] = ()
     version: str = ""
-    debug: bool = False
+    options: str = ""
 
     @property
     def series(self) -> str:
@@ -248,7 +257,7 @@ class Kernel:
         return self.name.partition("-")[0]
 
     def packages(self) -> tuple[str, ...]:
-        if self.debug:
+        if self.options:
             return (f"linux-source-{self.version}", *COMPILING)
         infix = f"{self.version}-" if self.version else ""
         return (f"linux-image-{infix}amd64", f"linux-headers-{infix}amd64")
@@ -263,10 +272,11 @@ KERNELS = {
         Kernel("6.12-deb13", "trixie"),
         Kernel("7.2", "sid"),
         Kernel("7.3", "trixie", pockets=("trixie-backports",)),
-        Kernel("6.1-debug", "bookworm", version="6.1", debug=True),
+        Kernel("6.1-debug", "bookworm", version="6.1", options=DEBUG_OPTIONS),
+        Kernel("6.1-races", "bookworm", version="6.1", options=RACE_OPTIONS),
     )
 }
-MATRIX = tuple(name for name, kernel in KERNELS.items() if not kernel.debug)
+MATRIX = tuple(name for name, kernel in KERNELS.items() if not kernel.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +340,7 @@ def _download(kernel: Kernel, root: Path) -> None:
             error = _unpack_packages(kernel, target)
             if error is None:
                 _finish(target)
-                if kernel.debug:
+                if kernel.options:
                     _compile(kernel, target)
                 target.rename(root)
                 print(f"vmtest: took {time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -420,7 +430,7 @@ def _finish(root: Path) -> None:
 def _compile(kernel: Kernel, root: Path) -> None:
     """Debian's source -> boot/vmlinuz-* and lib/modules/*, with all that builds modules for it."""
     print(f"vmtest: compiling {kernel.name}, about ten minutes", file=sys.stderr)
-    (root / "src/debug.config").write_text(DEBUG_OPTIONS)
+    (root / "src/debug.config").write_text(kernel.options + TEST_OPTIONS)
     script = f"""set -e
         tar -xf /usr/src/linux-source-{kernel.version}.tar.xz -C /usr/src
         cd /usr/src/linux-source-{kernel.version}

@@ -31,6 +31,10 @@ NFT = re.compile(
     r"net/netfilter/(nf_tables_api|nft_set_[a-z]+)\.c:\d+ RCU-list traversed in non-reader section"
 )
 
+# The kernel has data races of its own. A report names both functions, with their modules.
+RACE = re.compile(r"KCSAN: data-race in ")
+OURS = re.compile(r"\[(sniffer|planted)\]")
+
 
 def problems(lines: Iterable[str]) -> list[str]:
     """The lines that report a bug, a warning with a backtrace, a stall or a lock fault."""
@@ -38,7 +42,8 @@ def problems(lines: Iterable[str]) -> list[str]:
     found = []
     for number, line in enumerate(lines):
         nfts = SUSPICIOUS in line and any(NFT.search(near) for near in lines[number : number + 5])
-        if PROBLEM.search(line) and not EXCUSED.search(line) and not nfts:
+        kernels = RACE.search(line) and not OURS.search(line)
+        if PROBLEM.search(line) and not (EXCUSED.search(line) or nfts or kernels):
             found.append(line)
     return found
 

@@ -56,6 +56,12 @@ PIECES = {
             "20 loads and unloads under churn", "6.1-debug", (f"{VM}/test_unload.py",),
             {"PACKET_HUNTER_CYCLES": "20"},
         ),
+        "races": Piece(
+            "data races (KCSAN): a planted one, stress of two minutes, loads under churn",
+            "6.1-races",
+            (f"{DEEP}/test_detectors.py", f"{VM}/test_stress.py", f"{VM}/test_unload.py"),
+            {"PACKET_HUNTER_STRESS": "120", "PACKET_HUNTER_CYCLES": "10"},
+        ),
         "attack": Piece("attacks, in small", "6.1-debug", (f"{DEEP}/test_attack.py",)),
         "suite": Piece("tests/vm", "6.1-debug", SUITE),
         "attribution": Piece("all scenarios", "6.1-debug", (f"{VM}/test_attribution.py",)),

@@ -86,7 +86,7 @@ class Remote:
             follower = None
         marker = item.get_closest_marker("patience")
         patience = float(marker.args[0]) if marker else PATIENCE_SECONDS
-        patience *= 4 if KERNELS[self._kernel].debug else 1
+        patience *= 4 if KERNELS[self._kernel].options else 1
         try:
             guest = self._guest_for(item)
             if item.nodeid not in self._known:
@@ -130,9 +130,9 @@ class Remote:
         cache = cache_directory()
         kernel = unpack(KERNELS[self._kernel], cache)
         module = build_module(self._directory, kernel, cache)
-        debug = KERNELS[self._kernel].debug
+        finds_bugs = bool(KERNELS[self._kernel].options)
         planted = []
-        if debug:
+        if finds_bugs:
             bugs = build_planted(self._tests / "proof" / "planted", kernel, cache)
             planted = [f"PACKET_HUNTER_PLANTED={bugs}"]
         worker = [
@@ -150,8 +150,8 @@ class Remote:
         guest = Guest(
             kernel,
             worker,
-            append=f"{words} kasan_multi_shot" if debug else words,
-            memory="4G" if debug else "2G",
+            append=f"{words} kasan_multi_shot" if finds_bugs else words,
+            memory="4G" if finds_bugs else "2G",
             parallel=parallel,
             directory=self._directory,
         )

@@ -4,6 +4,8 @@
  *
  * insmod planted.ko bug=NAME plays it and stays loaded. Never for a kernel that is needed.
  */
+#include <linux/delay.h>
+#include <linux/kthread.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/rculist.h>
@@ -100,6 +102,35 @@ static void rcu_twice(void)
 	rcu_barrier();
 }
 
+static unsigned long counted;
+static unsigned long race_ends;
+
+static int count(void *unused)
+{
+	while (time_before(jiffies, race_ends)) {
+		counted++;
+		barrier();
+		cond_resched();
+	}
+	return 0;
+}
+
+static void data_race(void)
+{
+	unsigned int cpu;
+
+	race_ends = jiffies + 2 * HZ;
+	for_each_online_cpu(cpu) {
+		struct task_struct *thread = kthread_create(count, NULL, "count/%u", cpu);
+
+		if (IS_ERR(thread))
+			return;
+		kthread_bind(thread, cpu);
+		wake_up_process(thread);
+	}
+	ssleep(3);	/* they have ended before this module can go */
+}
+
 static const struct {
 	const char *name;
 	void (*play)(void);
@@ -112,6 +143,7 @@ static const struct {
 	{ "rcu_dereference", rcu_dereference_without },
 	{ "rcu_walk", rcu_walk_without },
 	{ "rcu_twice", rcu_twice },
+	{ "data_race", data_race },
 };
 
 static int __init planted_init(void)
