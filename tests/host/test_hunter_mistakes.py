@@ -57,6 +57,8 @@ def test_without_root_and_daemon_it_says_what_helps() -> None:
         (["who", "--pname", ""], 2, "--pname: an empty word means nothing"),
         (["-F", "/no/such"], 1, "cannot read the filter"),
         (["who", "0"], 2, "'0' is no port"),
+        (["who", "nginx"], 2, "for the name of a program write '--pname nginx'"),
+        (["--port", "443"], 2, "unrecognized arguments: --port; in a filter it is 'port ...'"),
         (["who", "--pid", "4294967296"], 2, "is no process id"),
         (["fleet"], 2, "are required: QUESTION;"),
         (["stats"], 1, "start it with"),

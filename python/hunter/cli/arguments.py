@@ -16,6 +16,7 @@ from hunter.cli.options import BY, SUBCOMMANDS, CommandOptions, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.filters.words import WORDS
 from nlproto.running.program import Parser
 
 __all__ = ["live_parser", "parse", "parser_of"]
@@ -472,7 +473,9 @@ def parse(arguments: Sequence[str]) -> CommandOptions:
     if name == "live" and parsed.filter and parsed.filter[0] in SUBCOMMANDS:
         raise UsageError(f"{parsed.filter[0]!r} is a subcommand: write it before the options")
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        said = unknown[0].lstrip("-").partition("=")[0]
+        hint = f"; in a filter it is '{said} ...'" if name == "live" and said in WORDS else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if name == "who":
         parsed.port = parsed.port_too if parsed.port is None else parsed.port
     command = command_of(name, parsed, argv)

@@ -92,10 +92,15 @@ def buffer(text: str) -> int:
 
 def used_port(text: str) -> int:
     """Return a port that packets can have."""
-    found = port(text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port")
-    return found
+    try:
+        if found := port(text):
+            return found
+    except argparse.ArgumentTypeError:
+        if re.fullmatch(r"[A-Za-z][\w.-]*", text):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no port; for the name of a program write '--pname {text}'"
+            ) from None
+    raise argparse.ArgumentTypeError(f"{text!r} is no port")
 
 
 def port(text: str) -> int:

@@ -202,7 +202,9 @@ def test_broken_packets_break_nothing(
             forget_ebpf(None)
     print(f"{len(records)} records of {COUNT} packets")
     assert [fault for fault in faults if "nothing was lost" not in fault] == []
-    assert set(records[records["sport"] == whole]["tgid"]) == {os.getpid()}
+    # a broken packet may have the same port
+    ours = (records["sport"] == whole) & (records["saddr"][:, 0] == 127)
+    assert set(records[ours]["tgid"]) == {os.getpid()}
     assert len(records) > COUNT / 20
 
 
