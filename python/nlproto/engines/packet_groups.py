@@ -12,7 +12,7 @@ import numpy as np
 
 from nlproto.engines.listeners import PastListener
 from nlproto.host.procfs import Owner
-from nlproto.host.socket_lookup import Tuple
+from nlproto.host.socket_lookup import Rivals, Tuple
 from nlproto.records.wire import RECORD
 
 __all__ = [
@@ -172,6 +172,8 @@ class PacketFlow:
     """Whether there is a socket for which a quick search found no holder."""
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
+    rivals: Rivals | None = None
+    """Of a UDP socket that is not connected, until their holders are asked."""
     connection: FollowedConnection | None = None
     ends: Tuple | None = None
     """The ends by which its socket is known, where NAT changed the packet's."""

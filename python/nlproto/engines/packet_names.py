@@ -26,6 +26,7 @@ from nlproto.engines.packet_groups import (
     keys_of,
     tuple_of_key,
 )
+from nlproto.engines.past_holders import PastHolders
 from nlproto.errors import Error
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
@@ -49,7 +50,6 @@ _FORGET_NS = 10_000_000_000
 LATE_NS = 1_000_000_000
 """Older packets are not looked up: others wait behind them."""
 _LATE_ASKED = 8  # known flows of theirs that are: those with most packets
-_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 """The most flows whose owners are remembered."""
 _RECEIVERS = 64
@@ -88,7 +88,7 @@ class PacketNames:
         self._listeners = Listeners(self._sockets, holders, now_ns)
         self._is_local = is_local
         self._now_ns = now_ns
-        self._unheld: dict[int, int] = {}
+        self._past = PastHolders(flow_limit)
         self._flows: dict[bytes, PacketFlow] = {}
         self._ends: dict[tuple[int, int, bytes], PacketFlow] = {}
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
@@ -247,18 +247,19 @@ class PacketNames:
 
     def _doubt(self, flow: PacketFlow, over: Callable[[], bool]) -> None:
         """Flag records of a UDP port with several sockets: nothing says which one it was."""
-        row, flow.row = flow.row, None
-        if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
+        rivals, flow.rivals = flow.rivals, None
+        if rivals is None or flow.owner is None:
             return
-        sockets = [] if over() else self._sockets.rivals(row)[["inode", "uid"]].tolist()
-        for inode, uid in {one for one in sockets if one[0] not in (0, flow.inode)}:
+        tgid = flow.owner.identity.tgid
+        doubtful = not all(self._past.only(inode, tgid) for inode in rivals.gone)
+        for inode, uid in () if doubtful or over() else rivals.present:
             holders = () if over() else self._holders.find_soon(inode, uid)
             if not holders or any(one.identity != flow.owner.identity for one in holders):
-                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+                doubtful = True
                 break
-        if over():  # there was no time to look at all
+        if doubtful or over():  # or there was no time to look at all
             flow.flags |= lib.SNIFFER_F_AMBIGUOUS
-            flow.settled = False
+            flow.settled &= not over()
 
     def _flow(
         self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool, hurried: bool
@@ -395,7 +396,12 @@ class PacketNames:
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> PacketFlow:
         """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
-            return self._held(row, now, sent_ns, self._listeners.likely(one))
+            rivals = self._sockets.rivals_then(
+                row, sent_ns
+            )  # first: they may close while holders are searched
+            found = self._held(row, now, sent_ns, self._listeners.likely(one))
+            found.rivals = rivals
+            return found
         return PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
     def _ask_behind_nat(
@@ -427,15 +433,8 @@ class PacketNames:
         if owners or flow.owner is None:
             self._own(flow, owners)
         nobody = not owners and flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE
-        if nobody and self._stays(flow):
+        if nobody and self._past.nobody_stays(flow.inode, flow.checked_ns):
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
-
-    def _stays(self, flow: PacketFlow) -> bool:
-        """Return whether nobody held the socket for a while: a closing one goes soon."""
-        if len(self._unheld) > self._flow_limit:
-            self._unheld.clear()
-        first = self._unheld.setdefault(flow.inode, flow.checked_ns)
-        return flow.checked_ns - first > _CLOSING_NS
 
     def _held(
         self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()
@@ -464,6 +463,9 @@ class PacketNames:
             flow.settled = True
             if len(there) > 1:
                 flow.flags |= _SHARED  # from outside nobody sees which of them uses it
+            pids = [one.identity.tgid for one in owners]
+            if self._past.has_been_left(flow.inode, pids, self._now_ns(), flow.sent_ns):
+                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
         else:
             gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
             flow.how = gone if self._holders.exhaustive else unknown

@@ -17,7 +17,7 @@ from nlproto.host.sockdiag import ALL_STATES, ANY, HOST_SOCKET, SockDiag, TcpSta
 from nlproto.records.ends import MAPPED
 from nlproto.running.budget import Budget
 
-__all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
+__all__ = ["ANY", "Rivals", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
 
 _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc/net
 _BOUND_NS = 200_000_000  # how long the sockets of a port stay valid
@@ -38,6 +38,15 @@ class Tuple(NamedTuple):
     rport: int
 
 
+class Rivals(NamedTuple):
+    """Other UDP sockets at a socket's port."""
+
+    present: set[tuple[int, int]]
+    """Their inodes and users."""
+    gone: list[int]
+    """Inodes of those that may have been there when the packet was sent."""
+
+
 def mapped(address: bytes) -> bytes:
     """Return ::ffff:a.b.c.d, which is an IPv4 address in a dual-stack socket."""
     return MAPPED + address[:4]
@@ -53,6 +62,13 @@ def tuple_of_socket(row: np.void) -> Tuple:
         row["daddr"].tobytes(),
         int(row["dport"]),
     )
+
+
+def _bound_alike(sockets: np.ndarray, row: np.void) -> np.ndarray:
+    same = (sockets["dport"] == 0) & (sockets["family"] == row["family"])
+    same &= (sockets["saddr"] == row["saddr"]).all(axis=1)
+    found: np.ndarray = sockets[same]
+    return found
 
 
 class SocketLookup:
@@ -77,6 +93,8 @@ class SocketLookup:
         self._table: dict[Tuple, np.void] = {}
         self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
         self._bound: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        self._gone: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        """The last sockets that left a port, and since when it is known."""
         self._answers: dict[Tuple, np.void | None] = {}
         """Those of ask_together()."""
 
@@ -121,8 +139,14 @@ class SocketLookup:
         if asked is None or now - asked >= older_ns:
             if len(self._bound) > _BOUND_LIMIT:
                 self._bound.clear()
-            sockets = self._bound_to(proto, port)
+                self._gone.clear()
+            before, sockets = sockets, self._bound_to(proto, port)
             self._bound[proto, port] = (now, sockets)
+            if gone := set(before["inode"].tolist()) - set(sockets["inode"].tolist()):
+                self._gone[proto, port] = (
+                    self._now_ns(),
+                    before[np.isin(before["inode"], [*gone])],
+                )
         return sockets
 
     def rivals(self, row: np.void, fresh: bool = False) -> np.ndarray:
@@ -132,10 +156,18 @@ class SocketLookup:
         them.
         """
         bound = self.bound(int(row["proto"]), int(row["sport"]), 0 if fresh else _RIVALS_NS)
-        same = (bound["dport"] == 0) & (bound["family"] == row["family"])
-        same &= (bound["saddr"] == row["saddr"]).all(axis=1)
-        found: np.ndarray = bound[same]
-        return found
+        return _bound_alike(bound, row)
+
+    def rivals_then(self, row: np.void, sent_ns: int) -> Rivals | None:
+        """Return the rivals of a UDP socket when a packet was sent; None if it is connected."""
+        if row["proto"] != socket.IPPROTO_UDP or row["dport"]:
+            return None
+        there = self.rivals(row)[["inode", "uid"]].tolist()
+        present = {one for one in there if one[0] not in (0, int(row["inode"]))}
+        gone_ns, gone = self._gone.get((int(row["proto"]), int(row["sport"])), (0, None))
+        if gone is None or sent_ns >= gone_ns:
+            return Rivals(present, [])
+        return Rivals(present, _bound_alike(gone, row)["inode"].tolist())
 
     def receivers(self, one: Tuple) -> list[np.void]:
         """Return the UDP sockets that receive a multicast or broadcast.
