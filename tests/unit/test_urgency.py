@@ -103,6 +103,32 @@ def test_without_real_time_a_nice_value_is_taken(monkeypatch: pytest.MonkeyPatch
     in_a_thread(work)
 
 
+def test_a_busy_thread_is_not_real_time_where_no_nice_value_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    def work() -> None:
+        now, used = Time(), Time()
+        urgency = Urgency(now, used)
+        urgency.look()
+        monkeypatch.setattr(os, "setpriority", refuse)
+        now.now = used.now = 200_000_000
+        urgency.look()
+        assert policy() == os.SCHED_OTHER
+
+    in_a_thread(work)
+
+
+def test_a_thread_that_works_for_long_now_and_then_has_a_nice_value_alone() -> None:
+    def work() -> None:
+        Urgency(real_time=False).look()
+        assert policy() == os.SCHED_OTHER and nice() == -10
+
+    in_a_thread(work)
+
+
 def test_a_thread_with_a_class_of_its_own_keeps_it() -> None:
     def work() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

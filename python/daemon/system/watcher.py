@@ -179,7 +179,7 @@ class Watcher:
         return False
 
     def _go_round(self) -> None:
-        urgency = Urgency()
+        Urgency(real_time=False).look()
         jobs: list[tuple[float, Callable[[], None]]] = [
             (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
@@ -189,7 +189,6 @@ class Watcher:
         due = [0.0 for _ in jobs]
         while not self._stopping.is_set():
             self._asked.wait(max(0.0, min(due) - time.monotonic()))
-            urgency.look()
             for index, (interval, job) in enumerate(jobs):
                 started = time.monotonic()
                 if started < due[index] and not (

@@ -31,14 +31,17 @@ class Urgency:
     """Gives one thread at a time precedence.
 
     It does nothing without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=). Nor for a
-    thread that somebody else gave a class.
+    thread that somebody else gave a class. Without `real_time` it is a nice value alone: for
+    threads that use a processor for long, now and then.
     """
 
     def __init__(
         self,
         now_ns: Callable[[], int] = time.monotonic_ns,
         used_ns: Callable[[], int] = time.thread_time_ns,
+        real_time: bool = True,
     ) -> None:
+        self._real_time = real_time
         self._now_ns = now_ns
         self._used_ns = used_ns
         self._thread = 0
@@ -76,7 +79,7 @@ class Urgency:
             return
         self._set = calm
         with contextlib.suppress(OSError):  # it may not, and goes on as it is
-            if not calm:
+            if not calm or not self._real_time:
                 self._in_the_queue(min(_NICE, self._own_nice))
                 return
             try:
@@ -85,8 +88,9 @@ class Urgency:
                 self._in_the_queue(min(_NICE, self._own_nice))
 
     def _in_the_queue(self, nice: int) -> None:
+        policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK  # clearing the flag would need a right
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(self._thread) != policy:
+                os.sched_setscheduler(self._thread, policy, os.sched_param(0))
         if os.getpriority(os.PRIO_PROCESS, self._thread) != nice:
             os.setpriority(os.PRIO_PROCESS, self._thread, nice)
-        policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK  # clearing the flag would need a right
-        if os.sched_getscheduler(self._thread) != policy:
-            os.sched_setscheduler(self._thread, policy, os.sched_param(0))
