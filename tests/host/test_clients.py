@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,44 @@ def test_requests_of_one_connection_are_answered_in_order(start: Any) -> None:
                     replies.append(parse_json(payload))
     assert [reply["id"] for reply in replies] == list(range(len(requests)))
     assert [reply["id"] for reply in replies if not reply["ok"]] == [7]
+
+
+def half_closed(path: str, *requests: dict[str, Any], copies: int = 1) -> socket.socket:
+    """A client that has sent its requests and says that there are no more."""
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.connect(path)
+    raw.settimeout(60)
+    frames = [encode_json(Kind.CONTROL, {"id": n, **one}) for n, one in enumerate(requests)]
+    raw.sendall(b"".join(frames) * copies)
+    raw.shutdown(socket.SHUT_WR)
+    return raw
+
+
+def all_replies(raw: socket.socket) -> list[Any]:
+    """Every reply until the daemon closes, within a minute."""
+    decoder, replies, end = Decoder(1 << 24), [], time.monotonic() + 60
+    while data := raw.recv(1 << 16):
+        assert time.monotonic() < end
+        frames = decoder.feed(data)
+        replies += [parse_json(payload) for kind, payload in frames if kind is Kind.CONTROL]
+    return replies
+
+
+def test_who_has_ended_its_requests_gets_its_answers_and_then_an_end(start: Any) -> None:
+    daemon = start()
+    requests = {"op": "who", "host": "0.0.0.0/0"}, {"op": "hello"}, {"op": "who", "port": 1}
+    with half_closed(daemon.path, *requests, copies=50) as raw:
+        replies = all_replies(raw)
+    assert [reply["id"] for reply in replies] == [0, 1, 2] * 50
+    assert all(reply["ok"] for reply in replies)
+
+
+def test_who_has_ended_its_requests_keeps_no_subscription(start: Any) -> None:
+    daemon = start()
+    with half_closed(daemon.path, {"op": "subscribe", "filter": ""}) as raw:
+        assert [reply["ok"] for reply in all_replies(raw)] == [True]
+        with DaemonClient(daemon.path) as client:
+            until(lambda: client.stats()["clients"]["connected"] == 1)
 
 
 def test_stats_tell_the_bounds_of_memory(start: Any) -> None:

@@ -177,6 +177,8 @@ def test_an_answer_from_older_sockets_of_some_namespaces_says_so(answers: Answer
     stand_in(answers.kernel).late = {1001}
     told = {uid: answers.who(asked, uid)["truncated"] for uid in (None, 1000, 1001)}
     assert told == {None: True, 1000: False, 1001: True}
+    cut = {uid: answers.owner(OwnerOf(1, port=81), uid)["truncated"] for uid in (None, 1000, 1001)}
+    assert cut == told
 
 
 def test_drops_of_unknown_sockets_are_nobodys(answers: Answers) -> None:

@@ -22,6 +22,7 @@ from daemon.serve.subscription import Subscription
 from daemon.system.config import Config
 from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
+from nlproto.client.frames import Kind, encode_json
 from nlproto.errors import Error, NoDaemon, UsageError
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.pipeline import Pipeline
@@ -166,6 +167,28 @@ def test_roots_short_filter_does_not_wait_behind_a_question(
         question.join()
 
 
+def test_a_question_ends_when_who_has_ended_its_requests_goes(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering, ended = threading.Event(), threading.Event()
+
+    def who(_self: Any, _request: Any, _uid: Any, stop: Any, **_: Any) -> None:
+        answering.set()
+        try:
+            until(stop, 60, "an end")
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(type(running.server.answers), "who", who)
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.connect(running.path)
+        raw.sendall(encode_json(Kind.CONTROL, {"id": 1, "op": "who"}))
+        raw.shutdown(socket.SHUT_WR)
+        assert answering.wait(60)
+    assert ended.wait(20)
+    until(lambda: not running.server._sessions, 20, "its place")
+
+
 def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +265,7 @@ def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(
 ) -> None:
     with DaemonClient(running.path) as other:
         with monkeypatch.context() as patch:
-            patch.setattr("daemon.serve.server._has_gone", broken)
+            patch.setattr("daemon.serve.server.has_gone", broken)
             with pytest.raises(Error):
                 DaemonClient(running.path)
             patch.setattr("daemon.serve.server.peer_of", broken)

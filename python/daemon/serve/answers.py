@@ -131,6 +131,7 @@ class Answers:
         owners: list[PortOwner] = []
         if portmap is not None:
             owners = portmap.who(request.port, proto, address, uid, _MAX_HOLDERS + 1)
+        room.truncated = self.kernel is not None and self.kernel.is_behind(uid)
         grouped = self._grouped(owners, stop, room)
         return {"owners": room.fill(grouped), "truncated": room.truncated}
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
 import time
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ import msgspec
 from nlproto.client.frames import MAX_REQUEST, Decoder, FrameError, Kind, encode
 from nlproto.errors import Error, NoPrivilege, UsageError
 
-__all__ = ["MAX_BUFFERED", "WRITE_HIGH", "ClientConnection", "Hall", "refusal", "reply"]
+__all__ = ["MAX_BUFFERED", "WRITE_HIGH", "ClientConnection", "Hall", "has_gone", "refusal", "reply"]
 
 WRITE_HIGH = 64 << 10
 """Bytes in the transport from which on a client counts as one that does not read."""
@@ -61,6 +63,8 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._deaf = False
         self._ending = False
+        self._heard_all = False
+        """The client sends nothing more: when the last request is answered, this ends."""
         self._replies: list[bytes] | None = None
         """Frames of this turn, which are sent together."""
         self._answer_waits = False
@@ -103,11 +107,16 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._hall.wants_turn(self)
 
     def eof_received(self) -> bool:
-        return False
+        """Return whether to stay: the client has ended its requests only, and waits for answers."""
+        self._heard_all = True
+        self._hall.wants_turn(self)
+        return not has_gone(self.fd)
 
     def _listen(self, wanted: bool) -> None:
         """Read what the client sends, or leave it in the socket."""
-        if self._transport is None or self._transport.is_closing() or wanted != self._deaf:
+        if self._transport is None or self._transport.is_closing() or self._heard_all:
+            return
+        if wanted != self._deaf:
             return
         self._deaf = not wanted
         if wanted:
@@ -118,7 +127,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     @property
     def fd(self) -> int:
         """Return its socket's descriptor while nothing is read from it, else -1."""
-        if self._transport is None or not self._deaf:
+        if self._transport is None or not (self._deaf or self._heard_all):
             return -1
         return int(self._transport.get_extra_info("socket").fileno())
 
@@ -130,6 +139,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             while not self._busy and not self._paused and not self._ending:
                 frame = self._decoder.next()
                 if frame is None:
+                    self._ending = self._heard_all
                     self._listen(True)
                     return False
                 if frame[0] is not Kind.CONTROL:
@@ -194,6 +204,13 @@ class ClientConnection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+def has_gone(connection: int | socket.socket) -> bool:
+    """Return whether the other end is closed, and not only ended what it sends."""
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP is always reported
+    return bool(poll.poll(0))
 
 
 def reply(number: int, fields: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any
 import nlproto
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
+from daemon.serve.connection import has_gone
 from daemon.serve.publisher import Lane, Stream
 from daemon.serve.questions import FAILED, Questions, QueuedQuestion
 from daemon.serve.session import MAX_ANSWER, Session
@@ -241,7 +242,7 @@ class Server:
 
     def serve(self, arrival: Arrival) -> None:
         """Give a connection its session, unless its client has gone."""
-        if _has_gone(arrival.connection):
+        if has_gone(arrival.connection):
             self.turn_away(arrival)
             return
         self._arrivals.discard(arrival)
@@ -457,12 +458,6 @@ class Arrival:
 
     def abort(self) -> None:
         self.server.turn_away(self)
-
-
-def _has_gone(connection: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(connection, 0)  # POLLHUP is always reported
-    return bool(poll.poll(0))
 
 
 def _hung_up(sessions: Iterable[Session]) -> list[Session]:
