@@ -162,9 +162,14 @@ class SocketLookup:
         """Return the rivals of a UDP socket when a packet was sent; None if it is connected."""
         if row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return None
-        there = self.rivals(row)[["inode", "uid"]].tolist()
-        present = {one for one in there if one[0] not in (0, int(row["inode"]))}
-        gone_ns, gone = self._gone.get((int(row["proto"]), int(row["sport"])), (0, None))
+        port = int(row["sport"])
+        # the first look after the packet knows best
+        bound = self.bound(socket.IPPROTO_UDP, port, max(_RIVALS_NS, self._now_ns() - sent_ns))
+        present = set()
+        if bound["inode"].tolist() != [int(row["inode"])]:
+            there = _bound_alike(bound, row)[["inode", "uid"]].tolist()
+            present = {one for one in there if one[0] not in (0, int(row["inode"]))}
+        gone_ns, gone = self._gone.get((socket.IPPROTO_UDP, port), (0, None))
         if gone is None or sent_ns >= gone_ns:
             return Rivals(present, [])
         return Rivals(present, _bound_alike(gone, row)["inode"].tolist())
