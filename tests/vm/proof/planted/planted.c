@@ -105,7 +105,7 @@ static void rcu_twice(void)
 static unsigned long counted;
 static unsigned long race_ends;
 
-static int count(void *unused)
+static int count_up(void *unused)
 {
 	while (time_before(jiffies, race_ends)) {
 		counted++;
@@ -121,7 +121,7 @@ static void data_race(void)
 
 	race_ends = jiffies + 2 * HZ;
 	for_each_online_cpu(cpu) {
-		struct task_struct *thread = kthread_create(count, NULL, "count/%u", cpu);
+		struct task_struct *thread = kthread_create(count_up, NULL, "count/%u", cpu);
 
 		if (IS_ERR(thread))
 			return;
