@@ -34,3 +34,21 @@ def test_no_more_is_saved_than_the_limit() -> None:
     with budget.spend():
         clock.now += 200
     assert not budget.allows()
+
+
+def test_what_work_takes_may_have_a_clock_of_its_own() -> None:
+    """A thread's own clock stands still while others run, and is another one in each thread."""
+    clock, processor = Clock(), Clock()
+    processor.now = 1_000_000  # of the thread that made it
+    budget = Budget(4, 100, clock, processor)
+    processor.now = 0
+    assert budget.allows()
+    with budget.spend():
+        clock.now += 1000
+        processor.now += 140
+    assert budget.allows()  # 100 saved + 250 earned, at most 100 kept
+    with budget.spend():
+        processor.now += 140
+    assert not budget.allows()
+    clock.now += 164
+    assert budget.allows()

@@ -133,8 +133,10 @@ class Overheard:
         )
         self._answers: TcpStreams = TcpStreams(256, _PREFIX + 65535)
         self._hellos: TcpStreams = TcpStreams(256, hello.MAX_HELLO + 4096)
-        self._budget = Budget(_SHARE, _SAVED_NS, time.thread_time_ns)
-        self._events_budget = Budget(_EVENTS_SHARE, _SAVED_NS, time.thread_time_ns)
+        self._budget = Budget(_SHARE, _SAVED_NS, time.monotonic_ns, time.thread_time_ns)
+        self._events_budget = Budget(
+            _EVENTS_SHARE, _SAVED_NS, time.monotonic_ns, time.thread_time_ns
+        )
         self._failures = Failures("names of far ends")
 
     def __enter__(self) -> Self:
