@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Processes that ask a DNS server for a name and talk to an address, in any network namespace."""
+"""Processes that ask a DNS server for a name and talk to an address, or speak TLS."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nameserver import AAAA, CNAME, A
 from nlproto.client.client import DaemonClient
-from waiting import until
+from waiting import there, until
 
 SERVER = "127.0.53.53"
 
@@ -97,6 +99,67 @@ class Client:
     def end(self) -> None:
         self.process.communicate(b"\n", timeout=20)
         assert self.process.returncode == 0
+
+
+TLS_CLIENT = """
+import socket, ssl, sys
+name, address, port = sys.argv[1:4]
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+# more than a segment of a small MTU: as with many protocols, or a key share of post-quantum kind
+context.set_alpn_protocols([f"h{number:0250}" for number in range(int(sys.argv[4]))])
+with socket.socket() as peer:
+    peer.connect((address, int(port)))
+    with context.wrap_socket(peer, server_hostname=name or None) as secure:
+        print(secure.getsockname()[1], flush=True)
+        sys.stdin.readline()
+"""
+
+TLS_ADDRESS, TLS_PORT = "127.0.53.90", 443
+
+
+class TlsClient:
+    """A process that speaks TLS to tls_server(), and sends `name` in its ClientHello."""
+
+    def __init__(self, name: str, protocols: int = 0) -> None:
+        words = [name, TLS_ADDRESS, str(TLS_PORT), str(protocols)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TLS_CLIENT, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        line = there(self.process.stdout).readline()
+        assert line, "no connection of TLS"
+        self.port = int(line)
+
+    def end(self) -> None:
+        self.process.communicate(b"\n", timeout=20)
+
+
+@contextmanager
+def tls_server(directory: Path) -> Iterator[None]:
+    """A real server of TLS at TLS_ADDRESS."""
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "1", "-subj",
+            "/CN=hidden.example"]  # fmt: skip
+    subprocess.run(made, cwd=directory, check=True, capture_output=True)
+    command = ["openssl", "s_server", "-accept", f"{TLS_ADDRESS}:{TLS_PORT}", "-quiet",
+               "-cert", "cert.pem", "-key", "key.pem"]  # fmt: skip
+    server = subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE)
+    try:
+        until(_accepts_tls, 20, "a server of TLS")
+        yield
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def _accepts_tls() -> bool:
+    try:
+        socket.create_connection((TLS_ADDRESS, TLS_PORT)).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from asking import SERVER, ZONE, Client, named, stub
+from asking import SERVER, ZONE, Client, TlsClient, named, stub, tls_server
 from asking import seen as flow_seen
 from daemons import Daemon, StartDaemon
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
 from translating import ask, place
-from waiting import stand_in, there, until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -186,59 +186,10 @@ def test_who_asks_by_name(daemon: Daemon, connect: Any) -> None:
     assert "www.example" in shown
 
 
-TLS_CLIENT = """
-import socket, ssl, sys
-name, address, port = sys.argv[1:4]
-context = ssl.create_default_context()
-context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-# more than a segment of a small MTU: as with many protocols, or a key share of post-quantum kind
-context.set_alpn_protocols([f"h{number:0250}" for number in range(int(sys.argv[4]))])
-with socket.socket() as peer:
-    peer.connect((address, int(port)))
-    with context.wrap_socket(peer, server_hostname=name or None) as secure:
-        print(secure.getsockname()[1], flush=True)
-        sys.stdin.readline()
-"""
-
-
 @pytest.fixture(name="tls", scope="module")
 def _tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A real server of TLS at 127.0.53.90:443."""
-    directory = tmp_path_factory.mktemp("tls")
-    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-            "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "1", "-subj",
-            "/CN=hidden.example"]  # fmt: skip
-    subprocess.run(made, cwd=directory, check=True, capture_output=True)
-    command = ["openssl", "s_server", "-accept", "127.0.53.90:443", "-quiet",
-               "-cert", "cert.pem", "-key", "key.pem"]  # fmt: skip
-    server = subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE)
-    until(lambda: accepts("127.0.53.90", 443), 20, "a server of TLS")
-    yield
-    server.kill()
-    server.wait()
-
-
-def accepts(address: Any, port: int) -> bool:
-    try:
-        socket.create_connection((address, port)).close()
-    except OSError:
-        return False
-    return True
-
-
-class TlsClient:
-    def __init__(self, name: Any, protocols: int = 0) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TLS_CLIENT, name, "127.0.53.90", "443", str(protocols)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        line = there(self.process.stdout).readline()
-        assert line, "no connection of TLS"
-        self.port = int(line)
-
-    def end(self) -> None:
-        self.process.communicate(b"\n", timeout=20)
+    with tls_server(tmp_path_factory.mktemp("tls")):
+        yield
 
 
 @pytest.mark.parametrize("protocols", [0, 20, 60])
@@ -252,7 +203,7 @@ def test_who_speaks_tls_has_the_name_of_its_client_hello(
     daemon = start(config="domains: sni\n")
     for name in ("Hidden.example", ""):
         client = TlsClient(name, protocols)
-        assert named(daemon.path, stand_in(client), name.lower())
+        assert named(daemon.path, client, name.lower())
         client.end()
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What engines do not tell, joined to what they do: both tuples of NAT, and who lived a moment."""
+"""What engines do not tell, joined to what they do: NAT, domains, and who lived a moment."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from asking import SERVER, ZONE, Client, TlsClient, named, seen, tls_server
 from daemons import Daemon
+from nameserver import NameServer
 from nlproto.client.client import DaemonClient
+from talking import looking
 from translating import PUBLISHED, Place, became, flow_of, place
 from waiting import until
 
@@ -66,6 +70,36 @@ def test_who_names_the_process_behind_a_published_port(
     assert became(flow) == (address, port, client.address, client.port)
     asked = flow_of(daemon.path, client, port=80)
     assert became(asked) == (client.address, client.port, server, 80)
+
+
+@pytest.mark.parametrize("engine", ["module", "ebpf"])
+def test_far_ends_have_the_names_of_dns_answers_and_client_hellos(
+    start: Start, tmp_path: Path
+) -> None:
+    daemon = start("domains: sni\n")
+    with (
+        NameServer(ZONE, SERVER),
+        tls_server(tmp_path),
+        socket.create_server(("", 0)) as listener,
+    ):
+        port = listener.getsockname()[1]
+        _, end = looking(daemon.path, "domain", "*.example")
+        clients: dict[str, Client | TlsClient] = {
+            "www.example": Client("www.example", port, "127.0.53.80"),
+            "stream.example": Client("stream.example", port, "127.0.53.83", tcp="tcp"),
+            "hidden.example": TlsClient("hidden.example"),
+        }
+        for name, client in clients.items():
+            assert named(daemon.path, client, name)
+        stranger = Client("", port, "127.0.53.80")
+        assert seen(daemon.path, stranger)["domain"] == ""
+        for client in (*clients.values(), stranger):
+            client.end()
+        lines = end().splitlines()
+    for name, client in clients.items():
+        mine = [one for one in lines if f".{client.port} " in one]
+        assert any(f"[{name}]" in one for one in mine), lines
+    assert not any(f".{stranger.port} " in one for one in lines)
 
 
 @pytest.mark.parametrize("engine", ["module", "ebpf"])
