@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,11 @@ def test_far_ends_have_the_names_of_dns_answers_and_client_hellos(
         NameServer(ZONE, SERVER),
         tls_server(tmp_path),
         socket.create_server(("", 0)) as listener,
+        ExitStack() as opened,
     ):
         port = listener.getsockname()[1]
-        _, end = looking(daemon.path, "domain", "*.example")
+        hunter, end = looking(daemon.path, "domain", "*.example")
+        opened.callback(hunter.kill)
         clients: dict[str, Client | TlsClient] = {
             "www.example": Client("www.example", port, "127.0.53.80"),
             "stream.example": Client("stream.example", port, "127.0.53.83", tcp="tcp"),

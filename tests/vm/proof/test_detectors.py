@@ -57,7 +57,9 @@ def test_a_lock_inversion_is_found(kernel_log: KernelLog) -> None:
 
 @needs_races
 def test_a_data_race_is_found(kernel_log: KernelLog) -> None:
-    assert "KCSAN: data-race in count_up [planted] / count_up [planted]" in plant("data_race", kernel_log)
+    assert "KCSAN: data-race in count_up [planted] / count_up [planted]" in plant(
+        "data_race", kernel_log
+    )
 
 
 @needs_debug
