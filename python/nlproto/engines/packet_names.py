@@ -396,9 +396,8 @@ class PacketNames:
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> PacketFlow:
         """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
-            rivals = self._sockets.rivals_then(
-                row, sent_ns
-            )  # first: they may close while holders are searched
+            # first: they may close while holders are searched
+            rivals = self._sockets.rivals_then(row, sent_ns)
             found = self._held(row, now, sent_ns, self._listeners.likely(one))
             found.rivals = rivals
             return found
