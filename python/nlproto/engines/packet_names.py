@@ -32,7 +32,7 @@ from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import SockDiag, TcpState
-from nlproto.host.socket_lookup import SocketLookup, Tuple
+from nlproto.host.socket_lookup import Rivals, SocketLookup, Tuple
 from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
@@ -247,19 +247,20 @@ class PacketNames:
 
     def _doubt(self, flow: PacketFlow, over: Callable[[], bool]) -> None:
         """Flag records of a UDP port with several sockets: nothing says which one it was."""
-        rivals, flow.rivals = flow.rivals, None
-        if rivals is None or flow.owner is None:
+        row, flow.row, rivals, flow.rivals = flow.row, None, flow.rivals, None
+        if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
-        tgid = flow.owner.identity.tgid
-        doubtful = not all(self._past.only(inode, tgid) for inode in rivals.gone)
+        rivals = rivals or (None if over() else self._sockets.rivals_then(row, flow.sent_ns))
+        rivals = rivals or Rivals(set(), [])
+        owner = flow.owner.identity
+        doubtful = not all(self._past.only(inode, owner.tgid) for inode in rivals.gone)
         for inode, uid in () if doubtful or over() else rivals.present:
             holders = () if over() else self._holders.find_soon(inode, uid)
-            if not holders or any(one.identity != flow.owner.identity for one in holders):
-                doubtful = True
+            if doubtful := not holders or any(one.identity != owner for one in holders):
                 break
-        if doubtful or over():  # or there was no time to look at all
+        if (hurried := over()) or doubtful:  # or there was no time to look at all
             flow.flags |= lib.SNIFFER_F_AMBIGUOUS
-            flow.settled &= not over()
+            flow.settled &= not hurried
 
     def _flow(
         self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool, hurried: bool
@@ -396,8 +397,8 @@ class PacketNames:
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> PacketFlow:
         """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
-            # first: they may close while holders are searched
-            rivals = self._sockets.rivals_then(row, sent_ns)
+            # first, while there is time: they may close while holders are searched
+            rivals = self._sockets.rivals_then(row, sent_ns) if self._soon.allows() else None
             found = self._held(row, now, sent_ns, self._listeners.likely(one))
             found.rivals = rivals
             return found

@@ -45,7 +45,7 @@ _OLDER_NS, _OLDER_SHARE, _DOUBT_SHARE = 2_000_000_000, 200, 20
 In ns; as a multiple of a check's duration; the same if another connection may have followed."""
 _EVENTS_AT_ONCE = 1024
 _AT_ONCE = 128  # packets of one ring, before the next ring's turn
-_SHARE, _EVENTS_SHARE, _SAVED_NS = 8, 4, 500_000_000
+_SHARE, _EVENTS_SHARE, _SAVED_NS = 32, 16, 500_000_000
 """Part of one processor's time, and how much may be saved up for a burst."""
 _UDP, _TCP = int(socket.IPPROTO_UDP), int(socket.IPPROTO_TCP)
 _SYN, _ACK, _RST = 2, 16, 4
