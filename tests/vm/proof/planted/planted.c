@@ -115,7 +115,7 @@ static int count_up(void *unused)
 	return 0;
 }
 
-static void data_race(void)
+static void race(void)
 {
 	unsigned int cpu;
 
@@ -143,7 +143,7 @@ static const struct {
 	{ "rcu_dereference", rcu_dereference_without },
 	{ "rcu_walk", rcu_walk_without },
 	{ "rcu_twice", rcu_twice },
-	{ "data_race", data_race },
+	{ "data_race", race },
 };
 
 static int __init planted_init(void)
