@@ -179,6 +179,23 @@ def test_a_users_labels_make_no_pod(tmp_path: Path) -> None:
     assert asked(tmp_path, MINE.replace("libpod", "docker")).pod == ""
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_long_files_cost_their_user_the_names_and_others_little_time(tmp_path: Path) -> None:
+    user = pwd.getpwnam("nobody")
+    ids = [f"{number:064x}" for number in range(40)]
+    stored = [{"id": one, "names": ["web"]} for one in ids]
+    for driver in ("overlay", "vfs", "btrfs", "zfs"):
+        place = f"{user.pw_dir.lstrip('/')}/{STORAGE}".replace("overlay", driver)
+        file = put(tmp_path, place, "[" + "{}," * 300_000 + json.dumps(stored)[1:])
+        os.chown(file, user.pw_uid, user.pw_gid)
+    files = ContainerFiles(str(tmp_path))
+    mine = f"user@{user.pw_uid}"
+    cgroup = f"/user.slice/user-{user.pw_uid}.slice/{mine}.service/libpod-{{}}.scope"
+    names = [files.find(f"podman:{mine}/{one[:12]}", cgroup.format(one)).name for one in ids]
+    assert names[0] == f"{mine}/web"
+    assert 1 <= sum(map(bool, names)) < len(ids) // 2
+
+
 @pytest.mark.parametrize("kind", ["link", "directory link", "fifo"])
 def test_a_users_files_are_opened_below_the_home_alone(kind: str, tmp_path: Path) -> None:
     real = put(tmp_path, "elsewhere/containers.json", STORED)

@@ -127,8 +127,12 @@ def place_of(path: str, only_root: OnlyRoot = lambda path: None) -> CgroupPlace:
 
     def made_by_root(index: int, proven: bool = False) -> bool:
         """Return whether root made parts[index]; with `proven`, only if that can be seen."""
-        seen = [only_root("/" + "/".join(parts[:end])) for end in range(1, index + 1)]
-        return False not in seen and not (proven and None in seen)
+        path = ""
+        for part in parts[:index]:
+            path += f"/{part}"
+            if not (seen := only_root(path)) and (proven or seen is False):
+                return False
+        return True
 
     if not made_by_root(first):
         return NOWHERE

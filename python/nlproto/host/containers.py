@@ -24,6 +24,7 @@ import msgspec
 
 from nlproto._host import lib
 from nlproto.records.wire import bounded
+from nlproto.running.budget import UserBudgets
 
 __all__ = ["UNKNOWN", "Container", "ContainerFiles"]
 
@@ -49,6 +50,8 @@ _KEPT = 4096
 _AGAIN_S, _UNKNOWN_AGAIN_S = 60.0, 2.0
 """Time until a container is looked up again: it may be renamed, or its files may be incomplete."""
 _MAX_NAMESPACES = 64
+_USER_SHARE, _USERS_SHARE, _SAVED_NS = 50, 20, 250_000_000
+"""Parts of the time, and what is saved of it, for the files of one user, and of all users."""
 
 _DOCKER = ("var/lib/docker", "var/snap/docker/common/var-lib-docker")
 _CONTAINERD = ("run/containerd", "run/k3s/containerd", "var/snap/microk8s/common/run/containerd")
@@ -104,13 +107,15 @@ _WRONG = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, Recu
 class ContainerFiles:
     """Names of containers. They are remembered at least as long as somebody asks for them.
 
-    `root`: where the runtimes' directories are. `owner`: the uid whose files count. For any thread.
+    A user who makes files long loses names, and costs others little time. `root`: where the
+    runtimes' directories are. `owner`: the uid whose files count. For any thread.
     """
 
     def __init__(self, root: str = "/", owner: int = 0) -> None:
         self._root = root
         self._owner = owner
         self._known: dict[tuple[str, str], tuple[Container, float]] = {}
+        self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _SAVED_NS, time.monotonic_ns)
 
     def find(self, container: str, cgroup: str) -> Container:
         """Return the names of a process's container.
@@ -139,7 +144,11 @@ class ContainerFiles:
             found = _merged(self._of_root(whole))
             return found if any(found) else None
         try:
-            found = _merged(self._of_user(int(user.removeprefix("user@")), whole))
+            uid = int(user.removeprefix("user@"))
+            if not self._users.allows(uid):
+                return None
+            with self._users.spend(uid):
+                found = _merged(self._of_user(uid, whole))
         except (ValueError, KeyError, OverflowError):
             return None
         if not any(found):
