@@ -11,6 +11,7 @@ from nlproto.host.kernel_sockets import BoundSocket
 from nlproto.tables.flows import pack_address, summarize
 from nlproto.tables.portmap import PortMap
 from recording import make_records
+from waiting import noting
 
 NETNS = 4026531840
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
@@ -109,6 +110,16 @@ def test_many_owners_of_a_port_are_chosen_from_as_few_are(others: int) -> None:
     assert [o.tgid for o in portmap.select(port=80, proto=UDP)] == [3]
     assert [o.tgid for o in portmap.select(keys=[(2, 5), (9, 9)])] == [2]
     assert portmap.count(80) == 3 + others and portmap.count(81) == 0
+
+
+def test_what_others_have_at_a_port_costs_a_user_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80, 1 + n) for n in range(50)], 10)
+    read: list[Any] = []
+    monkeypatch.setattr(portmap._table, "take", noting(read, portmap._table.take, len))
+    monkeypatch.setattr(portmap, "_owner", noting(read, portmap._owner))
+    assert portmap.who(80, uid=5) == [] and read in ([], [0])
+    assert len(portmap.who(80, uid=1000)) == 50 and read[-1] == 50
 
 
 def test_network_namespaces_are_kept_apart() -> None:

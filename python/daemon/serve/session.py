@@ -124,7 +124,7 @@ class Session(ClientConnection):
             self._finish(refusal(number, error))
 
     def _answer(self, request: Request) -> None:
-        if isinstance(request, OwnerOf) and self._desk.answers.is_cheap(request):
+        if isinstance(request, OwnerOf) and self._desk.answers.is_cheap(request, self.uid):
             self._write(self._made(request, lambda: None))
         elif isinstance(request, Who | Usage | News | OwnerOf | Lookup):
             self._ask(request.id, lambda stop: self._made(request, stop), self._finish)

@@ -199,15 +199,15 @@ class PortMap:
         """
         with self._lock:
             at = self._at_port(port)
+            if uid is not None:  # first: no user waits longer for what others have
+                at = at[self._columns["uid"][at] == uid]
             if len(at) <= _FEW:
                 owners = [self._owner(row) for row in at.tolist()]
-                return _fitting(owners, proto, address, uid)[:limit]
+                return _fitting(owners, proto, address)[:limit]
             rows = self._table.take(at, _ROW)
         fits = np.ones(len(rows), bool)
         if proto is not None:
             fits &= rows["proto"] == proto
-        if uid is not None:
-            fits &= rows["uid"] == uid
         if address is not None:
             fits &= _serve(rows, address)
         return _owners(rows[fits], limit)
@@ -450,7 +450,7 @@ def _owners(rows: np.ndarray, limit: int | None = None) -> list[PortOwner]:
 
 
 def _fitting(
-    owners: list[PortOwner], proto: int | None, address: tuple[int, bytes] | None, uid: int | None
+    owners: list[PortOwner], proto: int | None, address: tuple[int, bytes] | None
 ) -> list[PortOwner]:
     """As who() has them: those that fit, last seen first."""
     owners.sort(key=_seen, reverse=True)
@@ -458,7 +458,6 @@ def _fitting(
         owner
         for owner in owners
         if (proto is None or owner.proto == proto)
-        and (uid is None or owner.uid == uid)
         and (address is None or _serves(owner.endpoint, address))
     ]
 
