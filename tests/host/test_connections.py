@@ -120,7 +120,7 @@ def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
         for name in namespaces:
             server = stack.enter_context(inside(name, SERVER))
             assert server.stdout.readline() == "ready\n"
-        until(lambda: numbers <= {one["netns"] for one in client.owner(8080)})
+        until(lambda: numbers <= {one["netns"] for one in client.owner(8080)["owners"]})
         for name in namespaces:
             clients[name] = stack.enter_context(inside(name, CLIENT))
         for child in clients.values():
@@ -208,7 +208,7 @@ def test_refused_and_unanswered_attempts_are_told_apart(
     number = inode(namespaces[0])
     with DaemonClient(daemon.path) as client, inside(namespaces[0], SERVER) as server:
         assert server.stdout.readline() == "ready\n"
-        until(lambda: number in {one["netns"] for one in client.owner(8080)})
+        until(lambda: number in {one["netns"] for one in client.owner(8080)["owners"]})
         with inside(namespaces[0], FAILS) as child:
             assert child.stdout.readline() == "ConnectionRefusedError\n"
             assert child.stdout.readline() == "TimeoutError\n"
@@ -235,7 +235,7 @@ def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(
         number = inode(namespaces[1])
         with inside(namespaces[1], SERVER) as server:
             assert server.stdout.readline() == "ready\n"
-            until(lambda: number in {one["netns"] for one in client.owner(8080)})
+            until(lambda: number in {one["netns"] for one in client.owner(8080)["owners"]})
             sender = (
                 "import socket; socket.socket(type=2).sendto(b'x', ('127.0.0.1', 8081)); input()"
             )

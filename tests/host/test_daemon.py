@@ -75,14 +75,14 @@ def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
     first = start()
     port = receiver.getsockname()[1]
     with DaemonClient(first.path) as client:
-        until(lambda: client.owner(port))
+        until(lambda: client.owner(port)["owners"])
         assert first.stop(signal.SIGKILL) == -signal.SIGKILL
         with pytest.raises(NoDaemon):
             client.stats()
     assert os.path.exists(first.path)
     second = start()
     with DaemonClient(second.path) as client:
-        (owner,) = until(lambda: client.owner(port))
+        (owner,) = until(lambda: client.owner(port)["owners"])
         assert owner["pid"] == os.getpid()
     assert "stale" in second.text()
 

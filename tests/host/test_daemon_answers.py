@@ -109,7 +109,7 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        (owner,) = until(lambda: client.owner(port))
+        (owner,) = until(lambda: client.owner(port)["owners"])
         assert owner["pid"] == os.getpid() and owner["listening"]
         assert owner["exe"] == os.path.realpath(sys.executable)
         assert [h["pid"] for h in owner["holders"]] == [os.getpid()]
@@ -118,7 +118,7 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         assert there(by_end)["pid"] == there(by_cookie)["pid"] == os.getpid()
         listener.close()
         # the promise is one second; this machine may be busy with other tests
-        until(lambda: not client.owner(port), 3)
+        until(lambda: not client.owner(port)["owners"], 3)
 
 
 def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(
@@ -131,15 +131,15 @@ def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(
     ):
         near, far = connection.getsockname()[1], server.getsockname()[1]
         with DaemonClient(start().path) as client:
-            (owner,) = until(lambda: client.owner(near))
+            (owner,) = until(lambda: client.owner(near)["owners"])
             assert (owner["pid"], owner["address"]) == (os.getpid(), "127.0.0.1")
             assert not owner["listening"] and owner["cookie"]
             assert owner["exe"] == os.path.realpath(sys.executable)
-            ends = {(one["address"], one["listening"]) for one in client.owner(far)}
+            ends = {(one["address"], one["listening"]) for one in client.owner(far)["owners"]}
             assert ends == {("::", True), ("127.0.0.1", False)}
             accepted.close()
             connection.close()
-            until(lambda: not client.owner(near))
+            until(lambda: not client.owner(near)["owners"])
 
 
 def test_all_holders_of_a_shared_listener_are_told(daemon: Daemon) -> None:
@@ -154,7 +154,7 @@ def test_all_holders_of_a_shared_listener_are_told(daemon: Daemon) -> None:
             port = listener.getsockname()[1]
             until(
                 lambda: (
-                    {h["pid"] for o in client.owner(port) for h in o["holders"]}
+                    {h["pid"] for o in client.owner(port)["owners"] for h in o["holders"]}
                     == {os.getpid(), child}
                 )
             )
@@ -168,7 +168,7 @@ def test_many_questions_at_once_are_answered_in_order(
 ) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
-        until(lambda: client.owner(port))
+        until(lambda: client.owner(port)["owners"])
         replies = client.pipeline([("owner", {"port": port})] * 1000)
         assert len(replies) == 1000
         assert all(reply["owners"][0]["pid"] == os.getpid() for reply in replies)

@@ -59,8 +59,8 @@ with DaemonClient(path) as client:
         "by_host": client.who(host="127.0.0.1"),
         "history": client.request("history", uid=0),
         "own": client.who(port=own_port),
-        "owner": client.owner(port),
-        "own_owner": client.owner(own_port),
+        "owner": client.owner(port)["owners"],
+        "own_owner": client.owner(own_port)["owners"],
         "lookup": client.lookup([key, dict(key, port=own_port)]),
         "by_key": client.lookup(json.loads(sys.argv[6])),
         "at": client.who(port=port, at=time.time()),
@@ -72,7 +72,7 @@ with DaemonClient(path) as client:
 def _as_nobody(daemon: Daemon, receiver: socket.socket, groups: Any = ()) -> Any:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
-        (owner,) = until(lambda: client.owner(port))
+        (owner,) = until(lambda: client.owner(port)["owners"])
     keys = [
         {"cookie": owner["cookie"]},
         {"tgid": owner["pid"], "start_ns": owner["start_ns"]},

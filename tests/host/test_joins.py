@@ -185,7 +185,7 @@ def twins(namespaces: list[str], daemon: Any, tmp_path: Path) -> Iterator[tuple[
             stack.enter_context(inside(one, PROBE))
         with DaemonClient(daemon) as client:
             numbers = {os.stat(f"/run/netns/{one}").st_ino for one in namespaces}
-            until(lambda: numbers <= {one["netns"] for one in client.owner(8080)})
+            until(lambda: numbers <= {one["netns"] for one in client.owner(8080)["owners"]})
             # what passes from now on is recorded
             until(lambda: numbers <= {one["netns"] for one in client.who(port=9)["flows"]})
         with tcpdump(trace, "tcp", netns=namespaces[0]):
@@ -226,7 +226,7 @@ def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(
     out = tmp_path / "out.pcapng"
     with DaemonClient(daemon) as client:
         inode = os.stat(f"/run/netns/{names[0]}").st_ino
-        (server,) = [one for one in client.owner(8080) if one["netns"] == inode]
+        (server,) = [one for one in client.owner(8080)["owners"] if one["netns"] == inode]
     named, ambiguous, _ = annotate(daemon, trace, out, "--netns", str(server["pid"]))
     assert (named, ambiguous) == (len(comments(out)), 0)
     named, _, _ = annotate(daemon, trace, out, "--netns", str(os.getpid()))
@@ -249,7 +249,7 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: list[str], tmp_
         for one in namespaces:
             stack.enter_context(inside(one, PROBE))
         with DaemonClient(daemon.path) as client:
-            until(lambda: names.keys() <= {one["netns"] for one in client.owner(8080)})
+            until(lambda: names.keys() <= {one["netns"] for one in client.owner(8080)["owners"]})
             until(lambda: names.keys() <= {one["netns"] for one in client.who(port=9)["flows"]})
         hunter = subprocess.Popen(
             [*HUNTER, "--socket", daemon.path, "--save", saved, "tcp port 8080"],

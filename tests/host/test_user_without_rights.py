@@ -85,7 +85,7 @@ class Root:
         with DaemonClient(path) as client:
             until(lambda: client.who(pid=self.pid, limit=10)["flows"], 30, "root's flows")
             until(lambda: client.who(pid=self.pid, limit=10)["complete"], 30, "a first look")
-            (one, *_) = until(lambda: client.owner(self.ports[0]), 30, "root's port")
+            (one, *_) = until(lambda: client.owner(self.ports[0])["owners"], 30, "root's port")
             self.start_ns, self.cookie = one["start_ns"], one["cookie"]
 
     def end(self) -> None:

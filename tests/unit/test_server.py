@@ -214,8 +214,8 @@ def test_what_fails_behind_the_barrier_is_answered(
                 client.start("udp")
             with pytest.raises(Error, match=FAILED):
                 other.unsubscribe()
-        assert client.owner(1) == []
-        assert other.owner(1) == []
+        assert client.owner(1) == {"owners": [], "truncated": False}
+        assert other.owner(1)["owners"] == []
 
 
 def test_the_end_of_a_subscription_that_fails_is_answered(
@@ -257,7 +257,7 @@ def test_a_turn_that_fails_costs_one_client_its_connection(
                 raw.settimeout(30)
                 raw.sendall(b"x" * 8)
                 assert raw.recv(1) == b""
-        assert other.owner(1) == []
+        assert other.owner(1)["owners"] == []
 
 
 def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(
@@ -271,9 +271,9 @@ def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(
             patch.setattr("daemon.serve.server.peer_of", broken)
             with pytest.raises(Error):
                 DaemonClient(running.path)
-        assert other.owner(1) == []
+        assert other.owner(1)["owners"] == []
         with DaemonClient(running.path) as another:
-            assert another.owner(1) == []
+            assert another.owner(1)["owners"] == []
 
 
 def test_what_fails_before_anybody_is_accepted_is_not_tried_without_a_pause(
@@ -292,7 +292,7 @@ def test_what_fails_before_anybody_is_accepted_is_not_tried_without_a_pause(
             until(lambda: len(tries) >= 4)
     assert min(late - early for early, late in itertools.pairwise(tries)) > 0.05
     with DaemonClient(running.path) as client:
-        assert client.owner(1) == []
+        assert client.owner(1) == {"owners": [], "truncated": False}
 
 
 def test_frames_that_cannot_be_made_cost_one_client_its_stream(

@@ -127,7 +127,7 @@ def test_after_kill_9_owners_come_from_the_kernel_and_the_hunter_counts_the_gap_
     hunter.wait_for("the daemon is back after")
     with DaemonClient(path) as client:
         # it never sent: traffic alone would not tell
-        (owner,) = until(lambda: client.owner(port, "udp"))
+        (owner,) = until(lambda: client.owner(port, "udp")["owners"])
         assert owner["pid"] == os.getpid()
         assert client.stats()["processes"]["known"] > 0
     send(port, 20)

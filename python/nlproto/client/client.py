@@ -246,12 +246,12 @@ class DaemonClient(Closing):
 
     def owner(
         self, port: int, proto: str | None = None, address: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Return the processes with a socket on local `port`: netns, proto, address, holders of
-        each."""
-        reply = self.request("owner", port=port, proto=proto, address=address)
-        owners: list[dict[str, Any]] = reply["owners"]
-        return owners
+    ) -> dict[str, Any]:
+        """Return the processes with a socket on local `port`.
+
+        The reply has "owners" (netns, proto, address, holders of each) and "truncated".
+        """
+        return self.request("owner", port=port, proto=proto, address=address)
 
     def lookup(self, keys: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
         """Return the owners of many sockets or processes, in the order of `keys`; None: not known.
