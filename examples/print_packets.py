@@ -7,6 +7,7 @@ The daemon has to run. Root sees all packets, others those of their own processe
 
 import argparse
 
+from hunter.show.text import plain
 from nlproto.client.client import DaemonClient, StreamBatch
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.filters.parse import parse
@@ -24,7 +25,8 @@ with DaemonClient(options.socket) as client:
             continue
         for record in event.batch.records:
             one = packet(record, event.batch.clock)
-            owner = f"{one.comm}.{one.pid}" if one.pid is not None else f"({one.how})"
+            # a process chooses its name, maybe with a terminal's control characters
+            owner = f"{plain(one.comm)}.{one.pid}" if one.pid is not None else f"({one.how})"
             print(
                 f"{one.time:%H:%M:%S.%f} {owner} {one.proto}"
                 f" {one.src}.{one.sport} > {one.dst}.{one.dport} len {one.len}",

@@ -5,6 +5,7 @@
 import argparse
 from datetime import datetime
 
+from hunter.show.text import plain
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import DEFAULT_SOCKET
 
@@ -15,11 +16,13 @@ options = parser.parse_args()
 
 with DaemonClient(options.socket) as client:
     found = client.who(port=options.port)
+# plain(): a process chooses its name, maybe with a terminal's control characters
 for owner in found["owners"]:  # sockets that are there now
-    print(
-        f"has  {owner['proto']} {owner['address']}.{owner['port']}  {owner['comm']}.{owner['pid']}"
-    )
+    name = f"{plain(owner['comm'])}.{owner['pid']}"
+    print(f"has  {owner['proto']} {owner['address']}.{owner['port']}  {name}")
 for flow in found["flows"]:  # of the history, last seen first; "pid" is None where nobody is known
     seen = datetime.fromtimestamp(flow["last"])
     ends = f"{flow['local']}.{flow['lport']} - {flow['remote']}.{flow['rport']}"
-    print(f"had  {flow['proto']} {ends}  {flow['comm']}.{flow['pid']}  until {seen:%F %T}")
+    print(f"had  {flow['proto']} {ends}  {plain(flow['comm'])}.{flow['pid']}  until {seen:%F %T}")
+if found["truncated"]:
+    print("there is more: ask with since, until or limit")

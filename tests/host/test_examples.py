@@ -81,6 +81,41 @@ def test_who_had_a_port_is_told(path: str, sender: socket.socket) -> None:
     assert f".{os.getpid()}" in found and f"127.0.0.1.{port}" in found
 
 
+@pytest.mark.parametrize("script", ["print_packets.py", "who_had_port.py"])
+def test_a_name_with_control_characters_is_shown_harmless(script: str, path: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOSTILE], stdout=subprocess.PIPE, text=True
+    ) as sender:
+        assert sender.stdout is not None
+        port = sender.stdout.readline().strip()
+        asked = [] if script == "who_had_port.py" else ["port"]
+        found = ""
+
+        def shown() -> bool:
+            nonlocal found
+            with start(script, "--socket", path, *asked, port) as one:
+                assert one.stdout is not None
+                found += one.stdout.readline()
+                one.kill()
+            return "evil" in found
+
+        until(shown, 60, "the name")
+        sender.kill()
+    assert r"evil\x1b[2J" in found and "\x1b" not in found
+
+
+_HOSTILE = """
+import socket, time
+open("/proc/self/comm", "w").write("evil\x1b[2J")
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    one.bind(("127.0.0.1", 0))
+    print(one.getsockname()[1], flush=True)
+    while True:
+        one.sendto(b"x", one.getsockname())
+        time.sleep(0.05)
+"""
+
+
 def test_the_exporter_counts_the_bytes_of_a_program(path: str, sender: socket.socket) -> None:
     pytest.importorskip("prometheus_client")
     port = sender.getsockname()[1]

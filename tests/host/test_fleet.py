@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,9 +197,34 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
         parts = [pid for pid in pids if _session(pid) == example.process.pid]
         assert len(parts) >= 5
+        # every user of the machine can connect
+        with socket.create_connection(("127.0.0.1", int(told["PACKET_HUNTER_NATS_PORT"]))) as one:
+            one.sendall(b'CONNECT {"verbose":false}\r\nSUB > 1\r\nPING\r\n')
+            one.settimeout(patient(30))
+            answer = b"".join(iter(lambda: one.recv(1 << 16), b""))
+            assert b"Authorization Violation" in answer and b"PONG" not in answer
         example.process.send_signal(signal.SIGINT)
         assert example.process.wait(patient(60)) == 0, example.text()
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
+
+
+@pytest.mark.parametrize("whose", ["another user's", "all users'"])
+def test_no_fleet_begins_in_a_directory_where_others_can_put_links(
+    whose: str, tmp_path: Path
+) -> None:
+    directory, victim = tmp_path / "fleet", tmp_path / "victim"
+    victim.write_text("kept")
+    directory.mkdir()
+    (directory / "nats.conf").symlink_to(victim)
+    if whose == "all users'":
+        directory.chmod(0o1777)
+    else:
+        os.chown(directory, 65534, 65534)
+    command = ["timeout", "-s", "INT", "20", str(EXAMPLES / "fleet.sh"), str(directory)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=patient(60))
+    told = "others can write there" if whose == "all users'" else "not yours"
+    assert ended.returncode == 1 and told in ended.stderr
+    assert victim.read_text() == "kept"
 
 
 def _session(pid: int) -> Any:
