@@ -6,12 +6,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from daemon.history import details
+from daemon.history.memory import FlowMemory
 from daemon.history.recorder import Recorder
-from daemon.serve.answers import Answers
+from daemon.serve.answers import Answers, Room
 from daemon.serve.requests import Usage
 from daemon.system.config import Config
 from nlproto.records import wire
@@ -33,11 +35,27 @@ def _used(
     answers = Answers(
         stand_in(None), recorder.history, name_of=recorder.name_of, sums=recorder.usage
     )
-    found = answers.usage(Usage(id=1, by=stand_in(by), since=since), uid)
+    found = _decoded(answers.usage(Usage(id=1, by=stand_in(by), since=since), uid))
     assert found["total"] == len(found["usage"])
     return {
         one["name"]: (one["flows"], one["bytes_in"] + one["bytes_out"]) for one in found["usage"]
     }
+
+
+def _decoded(answer: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(answer))
+
+
+def test_an_answer_of_long_names_is_cut_not_refused() -> None:
+    """A user's own runtime has names of 4 KiB."""
+    sums: Any = {
+        ("x", 5, "", f"podman:user@5/{n}", "n" * 4000, "", 0): [n] * 5 for n in range(1000)
+    }
+    answers = Answers(stand_in(None), FlowMemory(16), sums=lambda since_ns, stop: (sums, {}))
+    asked = Usage(id=1, by="container", limit=1000)
+    found = _decoded(answers.usage(asked, None, room=Room(100_000)))
+    assert 10 < len(found["usage"]) < 25 and found["total"] == 1000
+    assert found["usage"][0]["name"] == "podman:user@5/999"
 
 
 def test_usage_counts_each_flow_once_wherever_it_is(

@@ -247,10 +247,14 @@ class Answers:
             "truncated": truncated or room.truncated,
         }
 
-    def usage(self, request: Usage, uid: int | None, stop: StopIfGone = _never) -> dict[str, Any]:
+    def usage(
+        self, request: Usage, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
+    ) -> dict[str, Any]:
         """Return who used how much (daemon.serve.usage)."""
+        room = Room() if room is None else room
         found = usage(request, uid, self.sums, self.name_of, stop)
-        return found | {"since": self.remembers_since(uid)}
+        rows = room.fill(found["usage"])
+        return found | {"usage": rows, "since": self.remembers_since(uid)}
 
     def news(
         self, request: News, uid: int | None, stop: StopIfGone = _never, room: Room | None = None

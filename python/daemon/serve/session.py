@@ -155,7 +155,7 @@ class Session(ClientConnection):
         if isinstance(request, OwnerOf):
             fields = answers.owner(request, self.uid, stop, room)
         elif isinstance(request, Usage):
-            fields = answers.usage(request, self.uid, stop)
+            fields = answers.usage(request, self.uid, stop, room)
         elif isinstance(request, News):
             fields = answers.news(request, self.uid, stop, room)
         elif isinstance(request, Lookup):
