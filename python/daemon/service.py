@@ -130,7 +130,9 @@ class Service:
             )
             recorder.on_death = self._die
             asyncio.run(
-                self._serve(socket_file, pipeline, recorder, holders, overheard, finder, kernel)
+                self._serve(
+                    socket_file, pipeline, recorder, holders, overheard, finder, kernel, payers
+                )
             )
         for line in pipeline.account.lines():
             log.info("%s", line)
@@ -154,6 +156,7 @@ class Service:
         overheard: Overheard,
         finder: Finder,
         kernel: KernelSockets,
+        payers: Payers,
     ) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
@@ -180,7 +183,7 @@ class Service:
         )
         answers.dropped = lambda: watcher.dropped
         answers.kernel, answers.looks = watcher.kernel, watcher
-        metrics = Metrics(self.config, server.figures, pipeline.processes)
+        metrics = Metrics(self.config, server.figures, pipeline.processes, payers)
         watcher.on_drops, watcher.on_reason = metrics.drop, metrics.drop_for
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)

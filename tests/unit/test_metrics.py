@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from daemon.system.config import Config  # noqa: E402
 from daemon.system.metrics import Metrics  # noqa: E402
 from nlproto.tables.flows import FLOW  # noqa: E402
 from nlproto.tables.processes import Process, Processes  # noqa: E402
+from nlproto.tables.shares import Payers  # noqa: E402
 
 FIGURES = {
     "account": {
@@ -222,3 +224,71 @@ def test_series_do_not_grow_with_programs(tmp_path: Path, programs: int) -> None
         metrics.take(stand_in(made))
         each = {one.name: len(one.samples) for one in metrics.collect() if "_process_" in one.name}
     assert max(each.values()) <= 2 * (10 + 1), each
+
+
+def _named(tgids: range, name: str) -> Any:
+    made = _flows(*((tgid, 1) for tgid in tgids))
+    made.flows["comm"] = [f"{name}{tgid}".encode() for tgid in tgids]
+    return made
+
+
+def test_one_users_names_take_no_series_of_others(tmp_path: Path) -> None:
+    processes = Processes()
+    owners = ((range(1, 41), 1000), (range(41, 45), 0), (range(45, 48), 1001))
+    for tgids, uid in owners:
+        processes.restore([Process(tgid, tgid * 10, uid=uid) for tgid in tgids])
+    config = Config(metrics=str(tmp_path / "m"), metrics_processes=12)
+    with Metrics(config, lambda: FIGURES, processes) as metrics:
+        metrics.take(_named(range(1, 41), "flood"))
+        metrics.drop_for(1, 10, b"flood1", "SOCKET_RCVBUFF", 3)
+        metrics.drop_for(40, 400, b"flood40", "SOCKET_RCVBUFF", 2)
+        metrics.take(_named(range(41, 45), "root"))
+        metrics.take(_named(range(45, 48), "other-user"))
+        metrics.take(_named(range(1, 41), "flood"))
+        found = _scraped(metrics)
+        reasons = [
+            one.value
+            for family in metrics.collect()
+            if family.name == "packet_hunter_process_dropped_by_reason"
+            for one in family.samples
+        ]
+    name = "packet_hunter_process_bytes_total"
+    sums = {key[1]: value for key, value in found.items() if key[0] == name and key[-1] == "in"}
+    assert len(sums) == 12 + 1 and sum(sums.values()) == 2 * 40 + 4 + 3
+    names = Counter(name.rstrip("0123456789") for name in sums)
+    assert names == {"root": 4, "other-user": 3, "flood": 5, "other": 1}
+    assert sum(reasons) == 5 and len(reasons) <= 2
+
+
+def test_subordinate_uids_have_no_series_of_their_own(tmp_path: Path) -> None:
+    subuid = tmp_path / "subuid"
+    subuid.write_text("1000:100000:65536\n")
+    processes = Processes()
+    processes.restore([Process(tgid, tgid * 10, uid=100_000 + tgid) for tgid in range(1, 41)])
+    processes.restore([Process(41, 410, uid=1001), Process(42, 420, uid=1001)])
+    config = Config(metrics=str(tmp_path / "m"), metrics_processes=4)
+    with Metrics(config, lambda: FIGURES, processes, Payers(str(subuid))) as metrics:
+        metrics.take(_named(range(1, 41), "flood"))
+        metrics.take(_named(range(41, 43), "mine"))
+        found = _scraped(metrics)
+    assert {"mine41", "mine42"} <= {key[1] for key in found if len(key) > 2}
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [
+        (b"Host: 127.0.0.1:9\r\n", b"200"),
+        (b"Host: localhost:9\r\n", b"200"),
+        (b"Host: [::1]\r\n", b"200"),
+        (b"", b"200"),
+        (b"Host: evil.example:9\r\n", b"403"),
+        (b"Host: 127.0.0.1.evil.example\r\n", b"403"),
+    ],
+)
+def test_a_page_of_another_name_gets_no_metrics(host: bytes, answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Metrics(Config(metrics=f"127.0.0.1:{port}"), lambda: FIGURES):
+        with socket.create_connection(("127.0.0.1", port)) as one:
+            one.sendall(b"GET /metrics HTTP/1.0\r\n" + host + b"\r\n")
+            assert one.makefile("rb").readline().split()[1] == answer

@@ -119,7 +119,9 @@ class Config:
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
     for the group; none: off."""
     metrics_processes: Annotated[int, _number(1, 10000)] = 50
-    """How many processes have counters of their own; all others are summed up as "other"."""
+    """How many processes have counters of their own; all others are summed up as "other".
+
+    When all are taken, the user with most of them gives way, but not root."""
 
 
 RELOADABLE = frozenset(

@@ -7,13 +7,13 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from daemon.system.config import Config
+from daemon.system.series import Labels, Series
 from nlproto.errors import Error, UsageError
 from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import text
@@ -21,6 +21,7 @@ from nlproto.running.supervise import Failures, keep_going
 from nlproto.tables.attempts import Attempts
 from nlproto.tables.outcome import RST
 from nlproto.tables.processes import Process
+from nlproto.tables.shares import NOBODY, Payers
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -32,9 +33,7 @@ __all__ = ["Metrics"]
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _TCP = ("retransmits", "looks", "rtt_us", "rtts", "reset_in", "reset_out", "refused", "unanswered")
 _ALL = (*_SUMS, *_TCP, "drops")
-_OTHER = "other"
-
-Labels = tuple[str, ...]
+_BYTES = (_ALL.index("bytes_in"), _ALL.index("bytes_out"))
 
 _FAMILIES: dict[str, Labels] = {
     "process": ("comm",),
@@ -56,9 +55,9 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Sums traffic and serves it with the daemon's figures; a context manager.
 
-    Sums are by name of process, unit and container. The first `metrics_processes` of each have
-    counters of their own. Later ones count as "other", so the number of series is bounded.
-    `figures` returns what stats shows.
+    Sums are by name of process, unit and container. Of each at most `metrics_processes` have
+    counters of their own. Others count as "other", so the number of series is bounded. `figures`
+    returns what stats shows.
     """
 
     def __init__(
@@ -66,12 +65,13 @@ class Metrics:
         config: Config,
         figures: Callable[[], dict[str, Any]],
         processes: DetailedProcesses | None = None,
+        payers: Payers | None = None,
     ) -> None:
         self._config = config
         self._figures = figures
         self._processes = processes
-        self._sums: dict[str, dict[Labels, np.ndarray]] = {name: {} for name in _FAMILIES}
-        self._reasons: dict[str, dict[Labels, Counter[str]]] = {name: {} for name in _FAMILIES}
+        payer_of = (lambda uid: NOBODY if uid is None else uid) if payers is None else payers.of_one
+        self._series = {name: Series(_BYTES, payer_of) for name in _FAMILIES}
         self._attempts = Attempts()
         self._lock = threading.Lock()
         self._server: WSGIServer | None = None
@@ -132,8 +132,7 @@ class Metrics:
         )
         for failed in self._attempts.take(flows, time.monotonic_ns()):
             with self._lock:
-                for family, labels in self._labels(failed.tgid, failed.start_ns, failed.comm):
-                    self._add(family, labels, _one(failed.why))
+                self._add(failed.tgid, failed.start_ns, failed.comm, _one(failed.why))
 
     def learn(self, flows: np.ndarray) -> None:
         """Add figures of connections (FLOWs with their new retransmits). Any thread."""
@@ -148,17 +147,16 @@ class Metrics:
         if self._server is None:
             return
         with self._lock:
-            for family, labels in self._labels(tgid, start_ns, comm):
-                self._add(family, labels, _one("drops", count))
+            self._add(tgid, start_ns, comm, _one("drops", count))
 
     def drop_for(self, tgid: int, start_ns: int, comm: bytes, reason: str, count: int) -> None:
         """Any thread: add packets that the kernel dropped for a reason, at or from a process."""
         if self._server is None:
             return
+        most = self._config.metrics_processes
         with self._lock:
-            for family, labels in self._labels(tgid, start_ns, comm):
-                sums = self._reasons[family]
-                sums.setdefault(self._within(sums, labels), Counter())[reason] += count
+            for family, labels, uid in self._labels(tgid, start_ns, comm):
+                self._series[family].add_reason(labels, reason, count, uid, most)
 
     def _sum(self, flows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         found, inverse = np.unique(flows[["tgid", "start_ns", "comm"]], return_inverse=True)
@@ -167,36 +165,32 @@ class Metrics:
             np.add.at(sums[:, _ALL.index(name)], inverse, values.astype(np.uint64))
         with self._lock:
             for (tgid, start_ns, comm), of_one in zip(found.tolist(), sums, strict=True):
-                for family, labels in self._labels(tgid, start_ns, comm):
-                    self._add(family, labels, of_one)
+                self._add(tgid, start_ns, comm, of_one)
 
-    def _labels(self, tgid: int, start_ns: int, comm: bytes) -> Iterator[tuple[str, Labels]]:
-        """Return each row's label. All names below one user's managers and runtimes are one."""
+    def _add(self, tgid: int, start_ns: int, comm: bytes, values: np.ndarray) -> None:
+        most = self._config.metrics_processes
+        for family, labels, uid in self._labels(tgid, start_ns, comm):
+            self._series[family].add(labels, values, uid, most)
+
+    def _labels(
+        self, tgid: int, start_ns: int, comm: bytes
+    ) -> Iterator[tuple[str, Labels, int | None]]:
+        """Yield (family, labels, uid). All names below a user's managers and runtimes are one."""
         if not tgid:
-            yield "process", ("(unnamed)",)
+            yield "process", ("(unnamed)",), None
             return
-        yield "process", (text(comm),)
         process = self._processes.get(tgid, start_ns) if self._processes is not None else None
+        uid = None if process is None else process.uid
+        yield "process", (text(comm),), uid
         if process is None:
             return
         if process.unit:
-            yield "unit", (process.unit.partition("/")[0],)
+            yield "unit", (process.unit.partition("/")[0],), uid
         container, of_user, _ = process.container.partition("/")
         if of_user:
-            yield "container", (container, "", "")
+            yield "container", (container, "", ""), uid
         elif container:
-            yield "container", (container, process.container_name, process.pod)
-
-    def _add(self, family: str, labels: Labels, values: np.ndarray) -> None:
-        sums = self._sums[family]
-        labels = self._within(sums, labels)
-        sums[labels] = sums.get(labels, np.uint64(0)) + values
-
-    def _within(self, sums: Mapping[Labels, object], labels: Labels) -> Labels:
-        """Return these labels, or those of all others if there are too many."""
-        if labels in sums or len(sums) < self._config.metrics_processes:
-            return labels
-        return (_OTHER,) + ("",) * (len(labels) - 1)
+            yield "container", (container, process.container_name, process.pod), uid
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -241,7 +235,7 @@ class Metrics:
         from prometheus_client.core import CounterMetricFamily
 
         with self._lock:
-            sums = {of: values.tolist() for of, values in self._sums[name].items()}
+            sums = {of: values.tolist() for of, values in self._series[name].sums.items()}
         for offset, unit in ((0, "packets"), (1, "bytes")):
             family = CounterMetricFamily(
                 f"packet_hunter_{name}_{unit}", f"Wire {unit} by {name}", labels=[*labels, "dir"]
@@ -258,7 +252,7 @@ class Metrics:
         with self._lock:
             sums = {
                 of: dict(zip(_ALL, values.tolist(), strict=True))
-                for of, values in self._sums[name].items()
+                for of, values in self._series[name].sums.items()
             }
         begin = f"packet_hunter_{name}"
         retransmits = CounterMetricFamily(
@@ -303,7 +297,7 @@ class Metrics:
             labels=[*labels, "reason"],
         )
         with self._lock:
-            for of, reasons in self._reasons[name].items():
+            for of, reasons in self._series[name].reasons.items():
                 for reason, count in reasons.items():
                     family.add_metric([*of, reason], count)
         return family

@@ -26,6 +26,7 @@ from nlproto.running.supervise import Failures
 __all__ = ["listen"]
 
 _ACCEPT_AGAIN = 0.5  # s
+_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _AT_ONCE = 8
 """The most connections, each with a thread."""
 
@@ -51,6 +52,9 @@ class _Quiet(WSGIRequestHandler):
             return
         if not self.parse_request():
             return
+        if not self._is_asked_by_its_name():
+            self.send_error(403, "ask for 127.0.0.1, [::1] or localhost")
+            return
         handler = _NoErrors(
             self.rfile,
             self.wfile,  # type: ignore[arg-type]
@@ -60,6 +64,12 @@ class _Quiet(WSGIRequestHandler):
         )
         handler.request_handler = self  # type: ignore[attr-defined]
         handler.run(partial(self.server.make, self.request))  # type: ignore[attr-defined]
+
+    def _is_asked_by_its_name(self) -> bool:
+        """A page of another machine can reach loopback by a name of its own (DNS rebinding)."""
+        host = self.headers.get("Host")
+        unix = self.connection.family == socket.AF_UNIX
+        return unix or host is None or host.rpartition(":")[0] in _NAMES or host in _NAMES
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
