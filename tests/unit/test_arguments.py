@@ -250,6 +250,22 @@ def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word: str, mean
         filter_text(word)
 
 
+@pytest.mark.parametrize("word", ["port", "how"])
+def test_a_word_of_the_language_is_no_subcommand_that_is_misspelt(word: str) -> None:
+    with pytest.raises(FilterError, match=f"'{word}' needs a value after it"):
+        filter_text(word)
+
+
+@pytest.mark.parametrize(
+    "words", [["who", "--user", "root", "80"], ["who", "--user=x", "80x"], ["fleet", "--user"]]
+)
+def test_an_unknown_option_is_told_before_what_its_value_seems_to_be(words: list[str]) -> None:
+    unknown = "--question" if words[0] == "fleet" else "--user"
+    words = [word.replace("--user", unknown) for word in words]
+    with pytest.raises(UsageError, match=f"unrecognized arguments: {unknown}; see"):
+        parse(words)
+
+
 @pytest.mark.parametrize("rest", [[], ["--port", "80", "--by", "unit"]])
 def test_a_subcommand_after_an_option_is_told_its_place(rest: list[str]) -> None:
     with pytest.raises(UsageError, match="'who' is a subcommand: write it before"):

@@ -77,7 +77,7 @@ def _is_port(word: str) -> bool:
 def _meant_command(error: FilterError) -> FilterError | None:
     """Return what to say if the first word is nearly a subcommand, else None."""
     word = error.text[: error.end]
-    if error.start != 0:
+    if error.start != 0 or word in WORDS:
         return None
     meant = [f"--{word}"] if word in ("help", "version") else []
     meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)

@@ -7,7 +7,8 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import IO, Any, NoReturn
 
 from nlproto.errors import Error, UsageError
@@ -23,8 +24,21 @@ _OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF
 class Parser(argparse.ArgumentParser):
     """A parser that says one line about a mistake, without the usage. Raises UsageError."""
 
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and remember the words for error()."""
+        self._words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Always raise UsageError."""
+        """Always raise UsageError. argparse takes an unknown option's value for another mistake."""
+        names = [word.partition("=")[0] for word in takewhile("--".__ne__, self._words)]
+        unknown = [
+            name for name in names if name.startswith("--") and not self._get_option_tuples(name)
+        ]
+        if unknown and "unrecognized" not in message:
+            message = f"unrecognized arguments: {unknown[0]}"
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def add_version(self) -> None:
