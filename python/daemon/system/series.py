@@ -19,9 +19,9 @@ _ROOT = 0
 class Series:
     """Sums by labels. Beyond a limit labels count as "other".
 
-    Each label counts against the payer (nlproto.tables.shares) whose process had it first. Of a
-    full family the payer with most labels gives the one with the smallest sum of the columns
-    `bytes_at`, if the other payer has fewer. Root gives none.
+    Each label counts against the payer (nlproto.tables.shares) whose process had it first. In a
+    full family the payer with most labels gives one to a payer with fewer. It is the label with the
+    smallest sum of the columns `bytes_at`. Root gives none.
     """
 
     def __init__(self, bytes_at: tuple[int, ...], payer_of: Callable[[int | None], int]) -> None:
