@@ -235,6 +235,16 @@ def test_rows_of_owners_that_went_are_used_again() -> None:
     assert portmap._top == 1
 
 
+def test_one_users_many_listeners_hide_nobody_elses() -> None:
+    portmap = PortMap()
+    flood = [_bound(20_000 + n, cookie=n + 1) for n in range(300)]
+    portmap.replace_bound(flood, 10)
+    end = _bound(22).endpoint
+    portmap.replace_bound([*flood, BoundSocket(end, 7, 5, 0, "sshd", 999)], 20)
+    found = portmap.listeners(100)
+    assert len(found) == 100 and "sshd" in {one.comm for one in found}
+
+
 def test_a_flood_of_one_users_ports_evicts_that_users_alone() -> None:
     portmap = PortMap(limit=400)
     rows = ({"sport": n, "uid": 0, "comm": b"sshd", "time_ns": n} for n in range(1, 51))

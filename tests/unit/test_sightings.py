@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 
 from daemon.history.sightings import known_since, listeners, seen_first, shorten
 from daemon.history.store import Store
+from hunter.watch.watch import _ask
 from nlproto.overheard.names import number_of
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.port_owner import PortOwner
 from recording import make_records
+from waiting import stand_in
 
 DAY = 86_400 * 10**9
 TODAY = 20_000 * DAY
@@ -119,6 +122,40 @@ def test_listeners_are_known_by_address_port_and_name(store: Store) -> None:
     found = seen_first(store, "listener", TODAY + 1, 30 * DAY, None, 100)
     assert {one["name"] for one in found} == {"tcp 0.0.0.0.80 nginx", "tcp 127.0.0.1.80 other"}
     assert {one["about"] for one in found} == {"tcp 0.0.0.0.80", "tcp 127.0.0.1.80"}
+
+
+class Client:
+    """What DaemonClient asks of a daemon, asked of a store; each question takes `late_s`."""
+
+    def __init__(self, store: Store, late_s: float) -> None:
+        self._store = store
+        self._late_s = late_s
+
+    def news(self, kind: str, *, since: float, unseen: float, limit: int) -> dict[str, Any]:
+        since_ns = time.time_ns() + int((self._late_s - since) * 1e9)
+        found = seen_first(self._store, kind, since_ns, int(unseen * 1e9), None, limit + 1)
+        return {"news": found[:limit], "truncated": len(found) > limit}
+
+
+@pytest.mark.parametrize("count", [1, 1001, 2500, 12_000])
+def test_many_that_come_at_once_hide_nothing_that_comes_later(store: Store, count: int) -> None:
+    """In one look at the kernel's tables all new listeners have the same time."""
+    then = time.time_ns() - 60 * 10**9
+
+    def owner(number: int, name: str) -> PortOwner:
+        end = (number, 6, 2, b"\x7f\0\0\1".ljust(16, b"\0"), 9)
+        return PortOwner(end, 1, 2, 5, name, 0, True, 1)
+
+    flood = [owner(number, f"flood{number}") for number in range(count)]
+    for owners, at_ns in ((flood, then), ([owner(0, "later")], then + 10**8)):
+        seen = [*listeners(owners, at_ns)]
+        store.write(np.zeros(0, np.uint64), np.zeros(0, FLOW), (), listeners=seen)
+    options = stand_in(SimpleNamespace(kinds=["listener"], unseen=86_400.0))
+    notes: list[str] = []
+    answers = _ask(stand_in(Client(store, 0.5)), options, then / 1e9 - 3600, notes.append)
+    told = {one["name"] for answer in answers for one in answer["news"]}
+    whole = len(told) == count + 1 and "tcp 127.0.0.1.9 later" in told
+    assert (whole, len(notes)) == ((True, 0) if count < 10_000 else (False, 1))
 
 
 def test_a_flood_of_one_users_names_costs_that_user_alone(store: Store, saw: Any) -> None:

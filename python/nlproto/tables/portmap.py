@@ -297,10 +297,15 @@ class PortMap:
     # All of these with the lock held; a mask has an element for each row up to the top
 
     def listeners(self, limit: int) -> list[PortOwner]:
-        """Return the owners of listeners and unconnected UDP sockets, at most `limit`."""
+        """Return the owners of listeners and unconnected UDP sockets, at most `limit`.
+
+        If there are more, those of the payer with most of them are left out.
+        """
         with self._lock:
             columns = self._columns
-            at = np.flatnonzero(columns["live"] & columns["listening"])[:limit]
+            at = np.flatnonzero(columns["live"] & columns["listening"])
+            if len(at) > limit:
+                at = at[~self._surplus(at, limit)]
             rows = self._table.take(at, _ROW)
         return _owners(rows)
 
@@ -386,15 +391,18 @@ class PortMap:
         excess = self._count - self.limit
         if excess <= 0:
             return
+        rows = np.flatnonzero(self._columns["live"])
+        self.evicted += self._drop_rows(rows[self._surplus(rows, self.limit - self.limit // 4)])
+
+    def _surplus(self, rows: np.ndarray, keep: int) -> np.ndarray:
+        """Return a mask of those of `rows` that go, so that `keep` stay."""
         columns = self._columns
-        rows = np.flatnonzero(columns["live"])
         uids, seen = columns["uid"][rows], columns["seen_ns"][rows]
         payers = uids if self._payers is None else self._payers.of(uids)
         names = columns["words"][rows]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         age = (seen.max() - seen).view(np.int64)
-        goes = surplus(age, (payers, programs), self.limit - self.limit // 4)
-        self.evicted += self._drop_rows(rows[goes])
+        return surplus(age, (payers, programs), keep)
 
     def _rows_of(
         self, sockets: Sequence[BoundSocket], now_ns: int, listening: bool = False
