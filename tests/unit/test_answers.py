@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.tables.flows import pack_address
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
+from nlproto.tables.shares import Payers
 from waiting import noting, stand_in
 
 
@@ -141,6 +143,21 @@ def test_however_many_sockets_there_are_so_many_are_looked_at(
     stops = []
     answer = answers.who(Who(1, port=80), None, stop=lambda: stops.append(1))
     assert answer["truncated"] is True and len(stops) < 1000
+
+
+def test_one_users_many_sockets_hide_none_of_others(answers: Answers, tmp_path: Path) -> None:
+    subuid = tmp_path / "subuid"
+    subuid.write_text("1000:100000:65536\n")
+    stand_in(answers.pipeline).portmap = PortMap(payers=Payers(str(subuid)))
+    kernel = Kernel(range(1), sockets=3000)
+    (rows,) = kernel.tables.values()
+    rows["uid"][1000:] = 100_000 + np.arange(2000)
+    rows["uid"][[2500, 2999]] = 0, 1001
+    answers.kernel = stand_in(kernel)
+    answer = _decoded(answers.who(Who(1, port=80, limit=50), None))
+    found = [one["cookie"] for one in answer["owners"]]
+    assert len(found) == 50 and {7 + 2500, 7 + 2999} <= set(found) and found == sorted(found)
+    assert answer["owners_total"] == 3000 and answer["truncated"] is True
 
 
 def test_a_question_of_now_that_nobody_waits_for_ends_in_the_middle(answers: Answers) -> None:

@@ -93,10 +93,10 @@ def sockets_now(
     looking: Looking,
     translations: Translations | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return how many sockets fit, and the first `limit` (at most _SHOWN), listeners first.
+    """Return how many sockets fit, and `limit` of them (at most _SHOWN), listeners first.
 
     Each has its holders, the last known user first. A translated socket may fit by either pair of
-    ends.
+    ends. If there are more, users take turns: one with many sockets hides none of others.
     """
     portmap = pipeline.portmap
     nat = _Nat(translations)
@@ -107,23 +107,37 @@ def sockets_now(
         used_by = _users(portmap, rows, looking)
         mine |= np.isin(rows["cookie"], np.fromiter(used_by, np.uint64, len(used_by)))
         numbers, rows = numbers[mine], rows[mine]
-    used_by = _users(portmap, rows[:_LOOKED], looking)
-    found: list[dict[str, Any]] = []
     total, limit = 0, min(question.limit, _SHOWN)
-    for at, netns in enumerate(numbers.tolist()):
+    order = np.arange(len(rows))
+    if len(rows) > limit:
+        order = _in_turns(rows["uid"] if portmap is None else portmap.payers(rows["uid"]))
+    used_by = _users(portmap, rows[order[:_LOOKED]], looking)
+    found: dict[int, dict[str, Any]] = {}
+    for at, place in enumerate(order.tolist()):
         if len(found) >= limit or at >= _LOOKED:
             looking.truncated = True
             total += len(rows) - at
             break
         looking.stop()
-        row = rows[at]
+        row, netns = rows[place], int(numbers[place])
         holders = _holders(pipeline, kernel, looking, row, used_by.get(int(row["cookie"]), ()))
         shown = [one for one in holders if looking.is_mine(one["uid"])]
         if any(_is(one, question) for one in shown):
             total += 1
             became = translated_fields(int(row["family"]), nat.of(netns, row))
-            found.append(fields(netns, row) | became | shown[0] | {"holders": shown})
-    return total, found
+            found[place] = fields(netns, row) | became | shown[0] | {"holders": shown}
+    return total, [found[place] for place in sorted(found)]
+
+
+def _in_turns(users: np.ndarray) -> np.ndarray:
+    """Return the order in which each user has a first, then each a second, and so on."""
+    together = np.argsort(users, kind="stable")
+    sorted_users = users[together]
+    begins = np.r_[True, sorted_users[1:] != sorted_users[:-1]]
+    places = np.arange(len(users))
+    turns = np.empty(len(users), np.int64)
+    turns[together] = places - np.maximum.accumulate(np.where(begins, places, 0))
+    return np.argsort(turns, kind="stable")
 
 
 class _Nat:

@@ -394,11 +394,15 @@ class PortMap:
         rows = np.flatnonzero(self._columns["live"])
         self.evicted += self._drop_rows(rows[self._surplus(rows, self.limit - self.limit // 4)])
 
+    def payers(self, uids: np.ndarray) -> np.ndarray:
+        """Return the user who counts for each uid (nlproto.tables.shares)."""
+        return uids if self._payers is None else self._payers.of(uids)
+
     def _surplus(self, rows: np.ndarray, keep: int) -> np.ndarray:
         """Return a mask of those of `rows` that go, so that `keep` stay."""
         columns = self._columns
         uids, seen = columns["uid"][rows], columns["seen_ns"][rows]
-        payers = uids if self._payers is None else self._payers.of(uids)
+        payers = self.payers(uids)
         names = columns["words"][rows]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         age = (seen.max() - seen).view(np.int64)
