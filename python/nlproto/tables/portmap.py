@@ -395,7 +395,7 @@ class PortMap:
         self.evicted += self._drop_rows(rows[self._surplus(rows, self.limit - self.limit // 4)])
 
     def payers(self, uids: np.ndarray) -> np.ndarray:
-        """Return the user who counts for each uid (nlproto.tables.shares)."""
+        """Return the user who counts for each uid: uint32 (n,), from uint32 (n,)."""
         return uids if self._payers is None else self._payers.of(uids)
 
     def _surplus(self, rows: np.ndarray, keep: int) -> np.ndarray:
