@@ -92,6 +92,25 @@ def test_the_summary_counts_equal_addresses_of_two_namespaces_apart() -> None:
     assert (packets, ends) == (3, 2)
 
 
+def test_the_summary_of_many_processes_is_bounded_and_its_sums_are_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hunter.show.summary._MOST", 100)
+    monkeypatch.setattr("hunter.show.summary._MAX_ALL_PEERS", 90)
+    summary = Summary()
+    big = {"tgid": 7, "start_ns": 5, "len": 5000, "comm": b"big"}
+    for first in range(1000, 3000, 50):
+        summary.add(batch(big, *({"tgid": tgid, "len": 60} for tgid in range(first, first + 50))))
+    figures = summary.figures()
+    assert len(figures) <= 101 and figures[7, 5, 0][1:3] == (40, 200_000)
+    assert sum(one[1] for one in figures.values()) == 2040
+    assert sum(one[2] for one in figures.values()) == 320_000
+    assert sum(one[3] for one in figures.values()) <= 90
+    summary.show(Processes(), to_output=True)
+    shown = capsys.readouterr().out
+    assert "0+   others" in shown and "1   big" in shown
+
+
 def saved(kind: Any, given: Any, known: Any, path: Any, holders: Any = nobody) -> str:
     with CaptureFile(str(path)) as file:
         LineSaver(file, LINES[kind]).add(columns_of_batch(given, known, holders))

@@ -19,7 +19,11 @@ from nlproto.records.batch import NamedBatch
 
 __all__ = ["Summary", "on_the_wire"]
 
-_MAX_PEERS = 10_000  # counted for each process
+_MAX_PEERS, _MAX_ALL_PEERS = 10_000, 1_000_000
+"""Far ends that are counted for each process, and for all."""
+_MOST = 50_000
+"""Processes with a row of their own. Beyond it those with fewest bytes have one together."""
+_OTHERS = (0, 0, -1)
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class _Sum:
     bytes: int = 0
     peers: set[tuple[int, str]] = field(default_factory=set)
     """Far ends. In another network namespace an address is another host's."""
+    more_peers: bool = False
 
 
 def on_the_wire(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +47,7 @@ class Summary:
 
     def __init__(self) -> None:
         self._sums: dict[tuple[int, int, int], _Sum] = {}
+        self._peers = 0
 
     def add(self, batch: NamedBatch) -> None:
         """Count the records of `batch`."""
@@ -65,8 +71,25 @@ class Summary:
                 one = self._sums[key] = _Sum(name)
             one.packets += packets[i]
             one.bytes += sizes[i]
-            if len(one.peers) < _MAX_PEERS:
-                one.peers.add((places[i], source[i] if incoming[i] else target[i]))
+            peer = (places[i], source[i] if incoming[i] else target[i])
+            if peer not in one.peers:
+                one.more_peers |= len(one.peers) >= _MAX_PEERS or self._peers >= _MAX_ALL_PEERS
+                if not one.more_peers:
+                    one.peers.add(peer)
+                    self._peers += 1
+        if len(self._sums) > _MOST:
+            self._join()
+
+    def _join(self) -> None:
+        others = self._sums.pop(_OTHERS, _Sum("others"))
+        ordered = sorted(self._sums, key=lambda key: self._sums[key].bytes)
+        for key in ordered[: len(ordered) - _MOST * 3 // 4]:
+            gone = self._sums.pop(key)
+            others.packets += gone.packets
+            others.bytes += gone.bytes
+            others.more_peers |= bool(gone.peers)
+            self._peers -= len(gone.peers)
+        self._sums[_OTHERS] = others
 
     def figures(self) -> Mapping[tuple[int, int, int], tuple[str, int, int, int]]:
         """Return (name, packets, bytes, far ends) by (tgid, start_ns, 0) or (0, 0, how)."""
@@ -82,15 +105,15 @@ class Summary:
             table.add_column(name, justify="right")
         table.add_column("process")
         table.add_column("executable")
-        figures = sorted(self.figures().items(), key=lambda one: -one[1][2])
-        for (tgid, start, _), (name, packets, size, peers) in figures:
+        sums = sorted(self._sums.items(), key=lambda one: -one[1].bytes)
+        for (tgid, start, _), one in sums:
             process = details.get(tgid, start) if tgid else None
             table.add_row(
                 str(tgid or "-"),
-                f"{packets:,}",
-                f"{size:,}",
-                f"{peers:,}",
-                plain(name),
+                f"{one.packets:,}",
+                f"{one.bytes:,}",
+                f"{len(one.peers):,}{'+' * one.more_peers}",
+                plain(one.comm),
                 plain(process.exe) if process else "",
             )
         console = Output(stderr=not to_output)
