@@ -101,6 +101,7 @@ class Service:
             Namer(processes.start_of, holders, finder=finder) as namer,
             contextlib.ExitStack() as stack,
         ):
+            gc.disable()  # what the start makes is long-lived
             kernel = present_sockets(holders, finder)
             kernel.look_ahead()  # opening the engine mostly waits for the kernel
             if config.sha256 == "on":
@@ -205,12 +206,13 @@ class Service:
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)
             self._notifier.ready(status)
-            gc.freeze()  # all that exists now is long-lived: the collector need not search it again
+            settled = loop.create_task(_collect_later(watcher))
             watchdog = loop.create_task(self._watch(pipeline))
             await ended.wait()
             log.info("ending")
             self._notifier.stopping()
             watchdog.cancel()
+            settled.cancel()
             # packets under way still reach the subscribers
             stops = [loop.run_in_executor(None, one.stop) for one in (watcher, pipeline)]
             await asyncio.gather(*stops)
@@ -254,6 +256,13 @@ class Service:
             else:
                 log.error("the worker has not moved for %g s", _WORKER_HANGS)
             await asyncio.sleep(self._notifier.watchdog / 3)
+
+
+async def _collect_later(watcher: Watcher) -> None:
+    """Collect garbage from when the first look is in the port map: all until then lives long."""
+    await asyncio.get_running_loop().run_in_executor(None, watcher.refresh, lambda: None)
+    gc.freeze()
+    gc.enable()
 
 
 def _failure(context: Mapping[str, Any]) -> tuple[Exception, str]:

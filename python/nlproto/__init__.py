@@ -7,6 +7,8 @@ needs is here.
 
 from __future__ import annotations
 
+import os
+
 from nlproto.errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
 
 __all__ = [
@@ -18,6 +20,12 @@ __all__ = [
     "VersionMismatch",
     "__version__",
 ]
+
+
+if "OPENBLAS_NUM_THREADS" not in os.environ:
+    # NumPy's library starts a thread for each processor; nothing here multiplies matrices.
+    # os.environ does not get it, so commands that are given os.environ do not either.
+    os.putenv("OPENBLAS_NUM_THREADS", "1")
 
 
 def __getattr__(name: str) -> str:

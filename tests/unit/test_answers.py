@@ -124,6 +124,20 @@ def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers: 
         assert (len(nobody["owners"]), nobody["owners_total"]) == (shared, shared)
 
 
+def test_an_answer_reads_about_roots_holders_that_were_only_met(answers: Answers) -> None:
+    """What is in /proc about a user's process may hang: a thread that nobody waits for reads it."""
+    read = []
+
+    def details(pid: int, start_ns: int) -> Any:
+        read.append(pid)
+
+    processes = answers.pipeline.processes = Processes(details)
+    for number in range(300):
+        processes.meet(100 + number, 5, f"holder{number}", 1000 * (number > 4))
+    answers.who(Who(1, port=80), None)
+    assert sorted(read) == [100, 101, 102, 103, 104]
+
+
 @pytest.mark.parametrize("sockets", [1, 3])
 def test_however_many_hold_a_socket_so_many_are_looked_at(
     answers: Answers, monkeypatch: pytest.MonkeyPatch, sockets: int

@@ -180,3 +180,21 @@ def test_under_sudo_the_command_is_the_users() -> None:
     assert (uid, gid, groups.split()[0]) == ("65534", "65534", "65534")
     assert rest.endswith("none") and "/root" not in rest
     assert as_invoker({"SUDO_UID": "0", "SUDO_GID": "0"}) == {} == as_invoker({})
+
+
+def test_the_command_gets_the_environment_as_it_was(tmp_path: Path) -> None:
+    """NumPy's library is told to start no threads; the command's may start its own."""
+    seen = tmp_path / "environment"
+    program = f"""
+import sys
+from hunter.child.command import Command
+command = Command(["sh", "-c", "env >{seen}"], print, follow=False)
+while not command.ended:
+    pass
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"
+    }
+    environment["PYTHONPATH"] = "python"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert "OPENBLAS_NUM_THREADS=" not in seen.read_text()

@@ -155,3 +155,19 @@ def test_a_namespace_that_could_not_be_opened_is_tried_again(
         assert [inode for inode, _ in places.changes()] == [7]
     finally:
         places.close()
+
+
+def test_many_are_opened_at_the_same_time(proc: Any) -> None:
+    """Each takes some 30 ms, because the kernel waits for all processors."""
+    together = threading.Barrier(4, timeout=10)
+
+    def make(inode: int, path: Path, ours: bool) -> Opened:
+        together.wait()
+        return Opened(inode)
+
+    places: Any = CapturedNamespaces(make, OWN, lambda line: None, proc(range(2, 6)))
+    places.start(patience=10)
+    try:
+        assert places.left_out == 0
+    finally:
+        places.close()

@@ -80,6 +80,31 @@ def test_a_living_process_gets_its_details_from_proc_once() -> None:
     assert asked == [os.getpid()]
 
 
+@pytest.mark.parametrize("by", ["records", "add"])
+def test_one_that_a_look_met_is_found_by_name_at_once_and_read_when_it_is_used(by: str) -> None:
+    """A look at 2,000 processes waited 0.3 s for what is in /proc about each."""
+    here = there(procfs.identity(os.getpid()))
+    asked = []
+
+    def details(pid: int, start_ns: int) -> Any:
+        asked.append(pid)
+        return procfs.details(pid, start_ns, "full")
+
+    processes = Processes(details)
+    for _ in range(2):
+        processes.meet(here.tgid, here.start_ns, "python", 0)
+    assert [one.tgid for one in processes.find(name="python")] == [here.tgid]
+    assert not asked
+    for _ in range(2):
+        if by == "add":
+            processes.add(here.tgid, here.start_ns)
+        else:
+            processes.add_records(make_records({"tgid": here.tgid, "start_ns": here.start_ns}))
+    assert asked == [here.tgid]
+    processes.meet(here.tgid, here.start_ns, "python", 0)
+    assert there(processes.get(here.tgid, here.start_ns)).exe == os.path.realpath(sys.executable)
+
+
 def test_exec_is_followed(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:

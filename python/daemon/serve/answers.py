@@ -300,7 +300,11 @@ class Answers:
             looking.stop()
             # 0 stands for all sockets that are not known, also those of others
             one["drop_reasons"] = dropped.get(one["cookie"], {}) if one["cookie"] else {}
-            process = self.pipeline.processes.get(one["pid"], one["start_ns"])
+            processes = self.pipeline.processes
+            for held_by in one["holders"]:
+                if not held_by["uid"]:  # what is in /proc about a user's process may hang
+                    processes.add(held_by["pid"], held_by["start_ns"], held_by["comm"], 0)
+            process = processes.get(one["pid"], one["start_ns"])
             one["exe"] = process.exe if process else ""
         return total, found
 

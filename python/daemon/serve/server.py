@@ -51,7 +51,7 @@ _MOST_SHUT = 64
 _READ = 16 << 10
 """Bytes read from a client at once."""
 _ACCOUNT = 1.0  # s between two accounts for subscribers
-_LOOK = 0.25  # s between two checks for clients that have gone or do not read
+_LOOK, _ALONE = 0.25, 1.0  # s between two checks for clients that have gone or do not read
 _TOGETHER = 0.02  # s for which questions of users with limited rights wait for each other
 _STUCK = 30.0
 """s after which a client is disconnected that reads nothing of an answer."""
@@ -313,7 +313,7 @@ class Server:
         """Close clients that have gone while nothing was read from them, or that do not read."""
         urgency = Urgency()
         while True:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_LOOK if self._sessions else _ALONE)
             urgency.look()  # whoever waits, waits for this thread
             try:
                 self._let_go()

@@ -23,6 +23,9 @@ class Rounds(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._queues)
 
+    def __contains__(self, user: int) -> bool:
+        return user in self._queues
+
     def add(self, user: int, thing: T) -> None:
         """Put a thing at the end of its user's queue, unless it is there."""
         self._queues.setdefault(user, OrderedDict())[thing] = None

@@ -30,6 +30,7 @@ __all__ = ["Watcher", "present_sockets"]
 
 _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
+_FIRST = 2.0  # s; the first one began before the engine was open
 _SOON = 0.4  # s; after an older one there is the next, if root asks: the next question may not wait
 _PATIENCE = 3.0  # s that a question waits for it
 _BUSY, _LATE = 0.3, 3.0
@@ -102,6 +103,7 @@ class Watcher:
         )
         self._looked = 0.0
         """When the last look began whose result is in the port map; CLOCK_MONOTONIC, s."""
+        self._looks = 0
         self._news = threading.Condition()
         """Guards `_looked`, and wakes threads that wait for it."""
         self._asked = threading.Event()
@@ -147,8 +149,8 @@ class Watcher:
         a machine that has no time for looks.
         """
         began = time.monotonic()
-        wanted = began - _FRESH
-        if full and began - self._looked > _SOON:
+        wanted = began - (_FIRST if self._looks < 2 else _FRESH)
+        if full and 0 < self._looked < began - _SOON:
             self._soon = True
             self._asked.set()
         with self._news:
@@ -232,6 +234,7 @@ class Watcher:
             self.dropped = self._drop_reasons.read(self.kernel.tables)
         with self._news:
             self._looked = before / 1e9
+            self._looks += 1
             self._news.notify_all()
         if self._unmet:
             self._meeting.run(0.0)
@@ -271,10 +274,9 @@ class Watcher:
             self.on_reason(*whom, reason, count)
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """Return the sockets with start times under which their processes will soon be known.
+        """Return the sockets with start times under which their processes are known.
 
-        Users can have any number of processes. So the details of users' processes take a moment of
-        each look; later looks read the others.
+        What is in /proc about them is read beside.
         """
         processes = self._pipeline.processes
         starts: dict[ProcessKey, int] = {}
@@ -283,10 +285,8 @@ class Watcher:
             start_ns = starts.get(one.key)
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
-                if one.uid:
-                    self._will_meet((one.tgid, start_ns), one.comm, one.uid)
-                else:
-                    processes.add(one.tgid, start_ns, one.comm, one.uid)
+                processes.meet(one.tgid, start_ns, one.comm, one.uid)
+                self._will_meet((one.tgid, start_ns), one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known
 
@@ -298,11 +298,17 @@ class Watcher:
             self._unmet_count += 1
 
     def _meet(self) -> None:
-        """Read details of users' processes, in a thread that nobody waits for: that may hang."""
+        """Read details of processes, in a thread that nobody waits for: that may hang.
+
+        Users can have any number. So theirs take a moment after each look.
+        """
         until = time.monotonic() + _DETAILS
-        while time.monotonic() < until:
+        while True:
             with self._unmet_lock:
-                one = self._unmet.next()
+                root = 0 if 0 in self._unmet else None
+                if root is None and time.monotonic() >= until:
+                    return
+                one = self._unmet.next(root)
                 self._unmet_count *= bool(self._unmet)
             if one is None:
                 return

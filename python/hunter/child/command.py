@@ -85,7 +85,8 @@ class Command:
                     " children that end at once can be missing"
                 )
         try:
-            self._process = subprocess.Popen(argv, preexec_fn=lower_limit, **as_invoker(os.environ))
+            options = {"env": os.environ, **as_invoker(os.environ)}
+            self._process = subprocess.Popen(argv, preexec_fn=lower_limit, **options)
         except (OSError, subprocess.SubprocessError) as error:
             self.close()
             raise NotStarted(argv[0], error) from None

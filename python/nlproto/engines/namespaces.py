@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -26,7 +26,8 @@ _LOOK = 0.25  # s between two looks for new and gone namespaces
 _LOOK_SHARE = 50  # and at least this many times the duration of the last look
 _PATIENCE = 0.5  # s that a start waits until all are open
 _MANY = 32  # with more namespaces a start does not wait
-_CLOSERS = 64  # threads: waits for all processors can overlap
+_OPENERS, _CLOSERS = 16, 64  # threads: waits for all processors can overlap
+_FEW = 3  # namespaces for which none are started
 _AGAIN = 30.0  # s to the next try where one could not be opened, as for lack of memory
 _TELL = 60.0  # s between two messages of one kind
 
@@ -40,13 +41,14 @@ class OpenNamespace(Protocol):
 
 
 P = TypeVar("P", bound=OpenNamespace)
+T = TypeVar("T")
 
 
 class CapturedNamespaces(Generic[P]):
-    """Calls `make(inode, path, ours)` for each namespace but `own`, in its own thread.
+    """Calls `make(inode, path, ours)` for each namespace but `own`, in threads of its own.
 
     `ours`: whether it belongs to our own user namespace, or root's. The reader calls changes(), and
-    closes what it no longer uses. `changed` is called when there are some, in the same thread.
+    closes what it no longer uses. `changed` is called when there are some, in the same threads.
     """
 
     def __init__(
@@ -166,17 +168,16 @@ class CapturedNamespaces(Generic[P]):
             )
         if len(chosen - self._open.keys()) > _MANY:
             self._complete.set()
-        for inode in chosen:
-            if self._stopping.is_set():
-                break
-            if inode not in self._open and self._refused.get(inode, now) <= now:
-                self._try(inode, found[inode])
-        for inode in {self._anew.popleft() for _ in range(len(self._anew))}:
-            if inode in self._open and inode in found:
-                self._try(inode, found[inode])
+        missing = [inode for inode in chosen if inode not in self._open]
+        wanted = [inode for inode in missing if self._refused.get(inode, now) <= now]
+        anew = {self._anew.popleft() for _ in range(len(self._anew))}
+        wanted += [inode for inode in anew if inode in self._open and inode in found]
+        _for_each(lambda inode: self._try(inode, found[inode]), wanted, _OPENERS)
         return pause
 
     def _try(self, inode: int, path: Path) -> None:
+        if self._stopping.is_set():
+            return
         try:
             place = self._make(inode, path, not self._owners[inode])
         except FileNotFoundError:
@@ -203,10 +204,14 @@ def _way_out(limit: int) -> str:
 
 
 def _close(places: Iterable[OpenNamespace]) -> None:
-    waiting = list(places)
-    if len(waiting) < 3:
-        for place in waiting:
-            place.close()
+    _for_each(lambda place: place.close(), list(places), _CLOSERS)
+
+
+def _for_each(work: Callable[[T], None], things: Sequence[T], threads: int) -> None:
+    """Do `work` on each. Raises what the first one raises that fails."""
+    if len(things) < _FEW:
+        for one in things:
+            work(one)
         return
-    with ThreadPoolExecutor(min(_CLOSERS, len(waiting)), "closer") as pool:
-        list(pool.map(lambda place: place.close(), waiting))
+    with ThreadPoolExecutor(min(threads, len(things)), "namespace") as pool:
+        list(pool.map(work, things))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,6 @@ _SOON_NS, _CAUGHT_UP_NS = 50_000_000, 200_000_000
 """The longest time for lookups while others wait: in a read, and in catch_up()."""
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 4, 3, 1_000_000_000
 """Parts of the time, for lookups in the namespaces of one user and of all users but root."""
-_INITIAL_PIDNS = 0xEFFFFFFC
 _SYN, _ACK = 2, 16
 
 
@@ -130,6 +130,8 @@ class PacketEngine(Closing):
         self._heard = False
         """Packets came since the last walk."""
         self._large_rings = 0
+        self._rings_lock = threading.Lock()
+        """Guards the number of large rings: many threads open some, and one gives them back."""
         self._wants_first_bytes = False
         self._from_ns = 0
         self._roots: list[PacketRing] = []
@@ -147,8 +149,7 @@ class PacketEngine(Closing):
             if everywhere:
                 self._others.start()
             self._take_changes()
-            self._holders.sees_all = not self._is_inside()
-            self._holders.walk()  # all must be known before packets come
+            self._holders.walk(only_first=True)  # all must be known before packets come
             if not self._holders.complete:
                 notify(f"the sockets of some processes cannot be read: {self._remedy()}")
         except BaseException:
@@ -165,15 +166,8 @@ class PacketEngine(Closing):
         self._places.clear()
         self._by_fd.clear()
 
-    def _is_inside(self) -> bool:
-        """Whether there may be processes that /proc here does not show."""
-        try:
-            return (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
-        except OSError:
-            return True
-
     def _remedy(self) -> str:
-        if self._is_inside():
+        if procfs.is_inside(self._proc):
             return "this is a container (a pid namespace); run it outside, or with --pid=host"
         if os.geteuid():
             return "run it as root"
@@ -207,13 +201,22 @@ class PacketEngine(Closing):
             raise Error(f"engine packet cannot start: {error.strerror}; try again") from error
 
     def _open_other(self, inode: int, path: Path, ours: bool) -> _Capture:
-        """Runs in the thread of Places."""
-        large = ours and self._large_rings < _LARGE_RINGS
+        """Runs in threads of CapturedNamespaces."""
+        with self._rings_lock:
+            large = ours and self._large_rings < _LARGE_RINGS
+            self._large_rings += large
         size = (_OTHER_RING_BYTES, _OTHER_FLOWS) if large else (_SMALL_RING_BYTES, _SMALL_FLOWS)
-        place = self._open(inode, path, *size)
+        try:
+            place = self._open(inode, path, *size)
+        except BaseException:
+            self._leave_room(large)
+            raise
         place.large = large
-        self._large_rings += large
         return place
+
+    def _leave_room(self, large: bool) -> None:
+        with self._rings_lock:
+            self._large_rings -= large
 
     def _take_changes(self) -> None:
         """Start reading new namespaces, and stop reading those that will be closed."""
@@ -225,7 +228,7 @@ class PacketEngine(Closing):
             gone = self._places.pop(inode)
             self._by_fd.pop(gone.capture.fileno(), None)
             self._poll.unregister(gone.capture)
-            self._large_rings -= gone.large
+            self._leave_room(gone.large)
             self._others.give_back(gone)
         if changes or not self._roots:
             places = self._places.values()

@@ -69,7 +69,7 @@ class Holders:
         self._known: set[int] = set()
         self._young: dict[int, int] = {}
         self._sole: dict[int, int] = {}
-        self._listed_ns = 0
+        self._listed_ns = self._listing_ns = 0
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, tuple[int, int]] = {}
         """Who held it was asked in vain: how often, and until when it is not asked again."""
@@ -81,12 +81,10 @@ class Holders:
         """Whether the last walk asked all."""
         self._went_ns, self._walk_found = -(1 << 62), 0
         self._settled: dict[int, int] = {}
-        self._listing_ns = 0
         self._births = procfs.Births(proc)
         self._newest = self._births.last()
         self._inherited: dict[int, int] = {}
-        self._welcoming = 0
-        """Threads that read the newborn at this moment."""
+        self._welcoming = 0  # threads that read the newborn at this moment
         self._unasked_ns = self._tidied_ns = 0
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
@@ -95,8 +93,6 @@ class Holders:
         self.walk_took_ns = 0
         """How long the last walk took."""
         self.beside = Beside("walk", lambda: self.walk())
-        self.sees_all = True
-        """Whether /proc shows every process. It does not in a container."""
         self.complete = True
         """Whether the last walk could read every process (if not, it needs root)."""
 
@@ -109,12 +105,14 @@ class Holders:
         """Whether this thread's last find() without a result had read every process."""
         return bool(getattr(self._found, "exhaustive", False))
 
-    def walk(self) -> None:
+    def walk(self, only_first: bool = False) -> None:
         """Ask every process; the time it takes is missing for later ones (see due()).
 
         Those with many sockets and no traffic are left out most times: what is known of them stays.
         """
         with self._walk_lock, self._budget.spend():
+            if only_first and self.walked_ns >= 0:
+                return
             began = self._went_ns = self._now_ns()
             alive = procfs.pids(self._proc)
             with self._lock:
@@ -129,8 +127,8 @@ class Holders:
                     self._learn_some(sockets, alive)
             else:
                 with self._idle_budget.spend() if idle else contextlib.nullcontext():
-                    self.walked_ns = began
                     self._walk_all(alive)
+                self.walked_ns = began
             self.walk_took_ns = self._now_ns() - began
 
     def walk_beside(self, wait_s: float = _BESIDE_S) -> bool:
@@ -145,7 +143,7 @@ class Holders:
         with self._lock:
             self._measure(alive, sockets)
             self._learn(by_inode, alive)
-            self.complete = complete and self.sees_all
+            self.complete = complete and not procfs.is_inside(self._proc)
 
     def _learn_some(self, sockets: np.ndarray, alive: Sequence[int]) -> None:
         """Take what was found of all but a few; what is known of these is checked when used."""
@@ -216,18 +214,21 @@ class Holders:
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
         """Do find() for each of `inodes`. Each process is read once, by a walk if one is due."""
         if self.walked_ns < 0:
-            self.walk()
+            self.walk(only_first=True)
         elif not self.due() or not self.walk_beside(_TOGETHER_S):
             self._ask_born(0)
-        ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
+        asked: dict[int, Owner | None] = {}
         for at in range(0, len(inodes), _MANY):
             some = inodes[at : at + _MANY]
             with self._lock:
-                known = [self._by_inode.get(inode, {}).copy() for inode in some]
+                known = [(*self._by_inode.get(inode, ()),) for inode in some]
+            new = {pid for held in known for pid in held}.difference(asked)
+            found = {one.identity.tgid: one for one in procfs.owners(list(new), self._proc)}
+            asked |= dict.fromkeys(new) | found
             for inode, held in zip(some, known, strict=True):
-                held = held if self._whole else self._checked(inode)
-                only = ask(next(iter(held))) if len(held) == 1 else None
-                yield inode, (only,) if only else self._owners(inode, held, ask)
+                held = held if self._whole else (*self._checked(inode),)
+                only = asked.get(held[0]) if len(held) == 1 else None
+                yield inode, (only,) if only else self._owners(inode, held, asked.get)
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
         """As find(), but ask only the newly born, then `likely`, then who had sockets before.

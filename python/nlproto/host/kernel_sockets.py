@@ -184,22 +184,14 @@ class KernelSockets:
         if whole:
             # /proc/net has no cookies
             rows = np.arange(len(bound))
-            uids = dict(zip(bound["inode"].tolist(), bound["uid"].tolist(), strict=True))
-            entries = self._entries(
-                bound,
-                netns,
-                rows,
-                lambda inode: self._holders.find(inode, uids[inode]) or self._holders.known(inode),
-            )
+            asked = zip(bound["inode"].tolist(), bound["uid"].tolist(), strict=True)
+            find, known = self._holders.find, self._holders.known
+            owners = [find(inode, uid) or known(inode) for inode, uid in asked]
             self._held.clear()
         else:
             rows = self._changed(bound)
-            inodes, held_by = bound["inode"][rows].tolist(), bound["cookie"][rows].tolist()
-            known = {
-                inode: self._held.get(cookie, ())
-                for inode, cookie in zip(inodes, held_by, strict=True)
-            }
-            entries = self._entries(bound, netns, rows, known.__getitem__)
+            owners = [self._held.get(cookie, ()) for cookie in bound["cookie"][rows].tolist()]
+        entries = _entries_of(bound[rows], netns[rows], owners)
         return HeldSockets(
             entries,
             bound["cookie"][rows],
@@ -207,25 +199,6 @@ class KernelSockets:
             [*self._of_this_turn(tables), *self._of_new_ones(tables)],
             cookies[cookies != 0],
         )
-
-    def _entries(
-        self,
-        bound: np.ndarray,
-        netns: np.ndarray,
-        rows: np.ndarray,
-        owners: Callable[[int], tuple[Owner, ...]],
-    ) -> list[BoundSocket]:
-        some = bound[rows]
-        raw = np.ascontiguousarray(some["saddr"]).tobytes()
-        names = ("inode", "cookie", "proto", "family", "sport")
-        columns = (some[name].tolist() for name in names)
-        entries = []
-        for at, number, inode, cookie, proto, family, port in zip(
-            range(0, len(raw), 16), netns[rows].tolist(), *columns, strict=True
-        ):
-            end = _endpoint(number, proto, family, raw[at : at + 16], port)
-            entries += [_entry(end, owner, cookie) for owner in owners(inode)]
-        return entries
 
     def _changed(self, bound: np.ndarray) -> np.ndarray:
         """Return rows of `bound` that are new, changed hands, or share a port with such a row.
@@ -274,19 +247,16 @@ class KernelSockets:
         found = dict(holders.find_together(inodes) if together else holders.find_many(inodes, uids))
         changed: set[int] = set()
         for inode, uid, cookie, port in zip(inodes, uids, cookies, ports, strict=True):
-            if inode not in found:
-                if cookie not in self._held:
+            owners, before = found.get(inode), self._held.get(cookie)
+            if owners is None:
+                if before is None:
                     self._unasked.add(uid)
-                continue
-            before = self._held.get(cookie, ())
-            refused = before and not found[inode] and not holders.allows(uid)
-            changed |= self._keep(cookie, port, before if refused else found[inode])
+            elif owners != before:
+                if before and not owners and not holders.allows(uid):
+                    continue
+                self._held[cookie], self._ports[cookie] = owners, port
+                changed.add(port)
         return changed
-
-    def _keep(self, cookie: int, port: int, owners: tuple[Owner, ...]) -> set[int]:
-        before = self._held.get(cookie)
-        self._held[cookie], self._ports[cookie] = owners, port
-        return set() if owners == before else {port}
 
     def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
         """Yield entries of the connections that are next in the round."""
@@ -347,12 +317,33 @@ def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[in
     return [row for row in found if int(cookies[row]) in there]
 
 
+def _entries_of(
+    sockets: np.ndarray, netns: np.ndarray, owners: list[tuple[Owner, ...]]
+) -> list[BoundSocket]:
+    """Return entries of `sockets`, which are in `netns` and have these `owners`."""
+    raw = np.ascontiguousarray(sockets["saddr"]).tobytes()
+    columns = (sockets[name].tolist() for name in ("cookie", "proto", "family", "sport"))
+    about: dict[int, tuple[int, int, int, str]] = {}
+    """Of each owner, by its place in memory: many sockets have the same one."""
+    entries = []
+    for at, number, cookie, proto, family, port, held_by in zip(
+        range(0, len(raw), 16), netns.tolist(), *columns, owners, strict=True
+    ):
+        end = _endpoint(number, proto, family, raw[at : at + 16], port)
+        for one in held_by:
+            fields = about.get(id(one))
+            if fields is None:
+                fields = about[id(one)] = _fields(one)
+            entries.append(BoundSocket(end, *fields, cookie))
+    return entries
+
+
 def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
     end = _endpoint(
         netns, int(row["proto"]), int(row["family"]), row["saddr"].tobytes(), int(row["sport"])
     )
     for owner in owners:
-        yield _entry(end, owner, int(row["cookie"]))
+        yield BoundSocket(end, *_fields(owner), int(row["cookie"]))
 
 
 def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) -> Endpoint:
@@ -361,9 +352,9 @@ def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) ->
     return netns, proto, family, address, port
 
 
-def _entry(end: Endpoint, owner: Owner, cookie: int) -> BoundSocket:
+def _fields(owner: Owner) -> tuple[int, int, int, str]:
     identity = owner.identity
-    return BoundSocket(end, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), cookie)
+    return identity.tgid, identity.start_ns, owner.uid, _text(owner.comm)
 
 
 _text = functools.lru_cache(4096)(text)

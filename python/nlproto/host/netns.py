@@ -59,6 +59,7 @@ _YOUNG_NS = 2_000_000_000
 """A process that will enter another namespace does so soon after its birth."""
 _ROUND_NS, _SHARE = 1_000_000_000, 500
 """Reading all others takes at least so long, and at most this part of the time."""
+_SAME_NS = 200_000_000  # for so long an answer stands while no process comes or goes
 _MISS_NS = 50_000_000  # between two readings of addresses for one that is not known
 _NAMES_NS = 5_000_000_000  # between two readings of names that have not changed
 
@@ -164,6 +165,7 @@ class Finder:
         self._named_ns = (0, 0)
         """When the names last changed, and when they were last read."""
         self._found: dict[int, Path] = {}
+        self._told_ns = -_SAME_NS
 
     def close(self) -> None:
         """Close its descriptor. From then on each look lists all processes."""
@@ -173,7 +175,13 @@ class Finder:
         """See paths()."""
         with self._lock:
             now = self._now_ns()
-            changed = self._list(now)
+            alive = self._births.census()
+            changed = alive is None or alive != self._alive
+            if not (changed or self._young) and now - self._told_ns < _SAME_NS:
+                return self._names | self._found
+            self._told_ns = now
+            if changed:
+                self._list(now, alive)
             some = list(self._young) + self._next(now)
             self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
             if self._ask(some) or changed:
@@ -185,11 +193,8 @@ class Finder:
             self._read_names(now)
             return self._names | self._found
 
-    def _list(self, now: int) -> bool:
-        """List all processes if some have come or gone. Returns whether it did so."""
-        alive = self._births.census()
-        if alive is not None and alive == self._alive:
-            return False
+    def _list(self, now: int, alive: tuple[int, int] | None) -> None:
+        """List all processes; `alive`: the census before it."""
         pids = procfs.pids(self._proc)
         self._alive = alive
         new = [pid for pid in pids if pid not in self._of]
@@ -197,7 +202,6 @@ class Finder:
         self._young = {pid: at for pid, at in self._young.items() if pid in self._of}
         self._young |= dict.fromkeys(new, now)
         self._waiting.extend(new)
-        return True
 
     def _next(self, now: int) -> list[int]:
         """Return whose turn it is to be read again."""

@@ -63,6 +63,7 @@ CMDLINE_MODES = ("full", "program", "off")
 """What is kept of a command line: all, its first word, nothing."""
 _HELD_AT_ONCE, _HELD_EACH, _MAX_HELD = 4096, 64, 1 << 21
 _MANY = 256
+_INITIAL_PIDNS = 0xEFFFFFFC  # include/linux/proc_ns.h
 """With more processes a second thread is worth it."""
 HELD = dtype_of("host_held", ffi)
 """A process's descriptor of a socket: inode, pid, fd."""
@@ -267,6 +268,16 @@ class Births:
         if seen is None or seen != self._seen:
             self._seen, self._since_ns = seen, now_ns
         return seen is not None and self._since_ns < at_ns
+
+
+def is_inside(proc: Path = PROC) -> bool:
+    """Return whether there may be processes that `proc` does not show, as from a container."""
+    try:
+        return os.stat(proc / "self" / "ns" / "pid").st_ino != _INITIAL_PIDNS
+    except FileNotFoundError:  # a kernel without pid namespaces
+        return False
+    except OSError:
+        return True
 
 
 def is_process(number: int) -> bool:

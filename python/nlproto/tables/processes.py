@@ -268,6 +268,15 @@ class Processes:
         self._keep(process)
         return process
 
+    def meet(self, tgid: int, start_ns: int, comm: str, uid: int) -> None:
+        """Learn that a process is there. The next add() of it reads its details."""
+        if self._known(tgid, start_ns) is not None:
+            return
+        with self._lock:
+            if (tgid, start_ns) not in self._table:
+                self._read[tgid, start_ns] = 0
+                self._enter(Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid))
+
     def restore(self, processes: Sequence[Process]) -> None:
         """Put back what a store kept, without asking /proc or telling anybody."""
         with self._lock:
@@ -325,13 +334,17 @@ class Processes:
     def _keep(self, process: Process) -> None:
         process = self._called(process)
         with self._lock:
-            self._put(process)
-            self._table.move_to_end(process.key)
-            if self._newest.get(process.tgid, -1) < process.start_ns:
-                self._newest[process.tgid] = process.start_ns
-            self._shrink()
+            self._enter(process)
         if self.on_change is not None:
             self.on_change(process)
+
+    def _enter(self, process: Process) -> None:
+        """As the one that was used last. With the lock."""
+        self._put(process)
+        self._table.move_to_end(process.key)
+        if self._newest.get(process.tgid, -1) < process.start_ns:
+            self._newest[process.tgid] = process.start_ns
+        self._shrink()
 
     def _called(self, process: Process) -> Process:
         """With what its container is called, and who its parents are if /proc still tells."""
