@@ -110,12 +110,18 @@ def tell(ask: Ask, range: Range, keep: Keep) -> bool:
 
 
 def _tell(ask: Ask, range: Range, keep: Keep, known: set[int]) -> tuple[bool, bool]:
-    """Return whether the answer had several pages, and whether they had all."""
+    """Return whether the answer had several pages, and whether they had all.
+
+    The daemon reads all that is between the two moments of a question. So each page after the first
+    goes back as far as the page before it did, and twice as far if it was not full.
+    """
     limit, seen_until = _MOST, None
+    since_s = began_s = range.since_ns / 1e9
+    width = 0.0
     several = False
     while True:
         now = time.time()
-        since, until = now - range.since_ns / 1e9 + _LATE, now - range.until_ns / 1e9
+        since, until = now - since_s + _LATE, now - range.until_ns / 1e9
         answer = ask(since=since, until=max(until, 1e-3), seen_until=seen_until, limit=limit)
         flows = answer["flows"]
         if answer["processes_cut"] and limit > 1:
@@ -125,12 +131,18 @@ def _tell(ask: Ask, range: Range, keep: Keep, known: set[int]) -> tuple[bool, bo
         new = [(key, one) for key, one in zip(keys, flows, strict=True) if key not in known]
         known.update(keys)
         keep([one for _, one in new], answer["processes"])
-        if answer["total"] <= len(flows):
+        oldest = flows[-1]["last"] if flows else since_s
+        if answer["total"] > len(flows):
+            if not new or len(known) >= _ALL:
+                return several, False
+            several = True
+            width = flows[0]["last"] - oldest
+        elif since_s <= began_s:
             return several, True
-        if not new or len(known) >= _ALL:
-            return several, False
-        several = True
-        seen_until = flows[-1]["last"] + _ROUNDED
+        else:
+            oldest, width = min(oldest, since_s), 2 * width
+        seen_until = oldest + _ROUNDED
+        since_s = max(began_s, oldest - width)
 
 
 _KEY = ("netns", "cookie", "proto", "local", "lport", "remote", "rport", "pid", "start_ns", "first")
