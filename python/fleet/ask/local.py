@@ -113,7 +113,7 @@ def _tell(ask: Ask, range: Range, keep: Keep, known: set[int]) -> tuple[bool, bo
     """Return whether the answer had several pages, and whether they had all.
 
     The daemon reads all that is between the two moments of a question. So each page after the first
-    goes back as far as the page before it did, and twice as far if it was not full.
+    goes back as far as the one before it. If that one was not full, it goes twice as far.
     """
     limit, seen_until = _MOST, None
     since_s = began_s = range.since_ns / 1e9
