@@ -105,12 +105,13 @@ def test_holders_of_others_are_not_even_looked_at(answers: Answers) -> None:
     assert len(owner["holders"]) == 5
 
 
-def test_only_who_sees_everything_gets_an_answer_the_faster_the_fewer_have_a_port(
+def test_a_user_gets_no_answer_the_faster_the_fewer_others_have_a_port(
     answers: Answers,
 ) -> None:
     asked = [OwnerOf(1, port=port) for port in (80, 81)]
     assert [answers.is_cheap(one, None) for one in asked] == [False, True]
-    assert [answers.is_cheap(one, 1000) for one in asked] == [False, False]
+    assert [answers.is_cheap(one, 1000) for one in asked] == [False, True]
+    assert [answers.is_cheap(one, 1001) for one in asked] == [True, True]
 
 
 def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers: Answers) -> None:

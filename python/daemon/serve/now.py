@@ -109,7 +109,7 @@ def sockets_now(
         numbers, rows = numbers[mine], rows[mine]
     total, limit = 0, min(question.limit, _SHOWN)
     order = np.arange(len(rows))
-    if len(rows) > limit:
+    if looking.uid is None and len(rows) > limit:
         order = _in_turns(rows["uid"] if portmap is None else portmap.payers(rows["uid"]))
     used_by = _users(portmap, rows[order[:_LOOKED]], looking)
     found: dict[int, dict[str, Any]] = {}

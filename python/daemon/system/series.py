@@ -14,6 +14,8 @@ Labels = tuple[str, ...]
 
 _OTHER = "other"
 _ROOT = 0
+_MOST_UIDS = 4096
+"""Uids whose payer is remembered."""
 
 
 class Series:
@@ -29,6 +31,7 @@ class Series:
         self.reasons: dict[Labels, Counter[str]] = {}
         self._bytes_at = list(bytes_at)
         self._payer_of = payer_of
+        self._known: dict[int | None, int] = {}
         self._payers: dict[Labels, int] = {}
         self._counts: Counter[int] = Counter()
 
@@ -49,7 +52,11 @@ class Series:
         """Return these labels, or those of all others if there are too many."""
         if labels in self._payers:
             return labels
-        payer = self._payer_of(uid)
+        payer = self._known.get(uid)
+        if payer is None:
+            if len(self._known) >= _MOST_UIDS:
+                self._known.clear()
+            payer = self._known[uid] = self._payer_of(uid)
         if len(self._payers) < most or self._make_room(payer):
             self._payers[labels] = payer
             self._counts[payer] += 1

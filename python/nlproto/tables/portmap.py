@@ -180,9 +180,12 @@ class PortMap:
             if self._top >= _COMPACT and self._count < self._top // 4:
                 self._compact()
 
-    def count(self, port: int) -> int:
-        """How many owners `port` has."""
-        return int(self._counts[port]) if 0 <= port < _PORTS else 0
+    def count(self, port: int, uid: int | None = None) -> int:
+        """How many owners `port` has; with `uid`, of that user."""
+        if uid is None:
+            return int(self._counts[port]) if 0 <= port < _PORTS else 0
+        with self._lock:
+            return int(np.count_nonzero(self._columns["uid"][self._at_port(port)] == uid))
 
     def who(
         self,
