@@ -157,12 +157,19 @@ def test_a_namespace_that_could_not_be_opened_is_tried_again(
         places.close()
 
 
-def test_many_are_opened_at_the_same_time(proc: Any) -> None:
-    """Each takes some 30 ms, because the kernel waits for all processors."""
-    together = threading.Barrier(4, timeout=10)
+@pytest.mark.parametrize(("owner", "at_once"), [(None, 4), (1000, 1)])
+def test_roots_are_opened_at_the_same_time_and_users_one_by_one(
+    proc: Any, monkeypatch: pytest.MonkeyPatch, owner: int | None, at_once: int
+) -> None:
+    """Each takes some 30 ms, because the kernel waits for all processors; users can make many."""
+    together = threading.Barrier(at_once, timeout=10)
+    busy = threading.Semaphore(at_once)
+    monkeypatch.setattr(netns, "owner_or_unknown", lambda *_: owner)
 
     def make(inode: int, path: Path, ours: bool) -> Opened:
+        assert busy.acquire(blocking=False)
         together.wait()
+        busy.release()
         return Opened(inode)
 
     places: Any = CapturedNamespaces(make, OWN, lambda line: None, proc(range(2, 6)))

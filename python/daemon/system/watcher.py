@@ -274,9 +274,10 @@ class Watcher:
             self.on_reason(*whom, reason, count)
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """Return the sockets with start times under which their processes are known.
+        """Return the sockets with start times under which their processes will soon be known.
 
-        What is in /proc about them is read beside.
+        What is in /proc about them is read beside. Root's can be asked for by name at once; users
+        can have any number.
         """
         processes = self._pipeline.processes
         starts: dict[ProcessKey, int] = {}
@@ -285,7 +286,8 @@ class Watcher:
             start_ns = starts.get(one.key)
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
-                processes.meet(one.tgid, start_ns, one.comm, one.uid)
+                if not one.uid:
+                    processes.meet(one.tgid, start_ns, one.comm, 0)
                 self._will_meet((one.tgid, start_ns), one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known

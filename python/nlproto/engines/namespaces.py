@@ -26,7 +26,7 @@ _LOOK = 0.25  # s between two looks for new and gone namespaces
 _LOOK_SHARE = 50  # and at least this many times the duration of the last look
 _PATIENCE = 0.5  # s that a start waits until all are open
 _MANY = 32  # with more namespaces a start does not wait
-_OPENERS, _CLOSERS = 16, 64  # threads: waits for all processors can overlap
+_OPENERS, _CLOSERS = 8, 64  # threads: waits for all processors can overlap
 _FEW = 3  # namespaces for which none are started
 _AGAIN = 30.0  # s to the next try where one could not be opened, as for lack of memory
 _TELL = 60.0  # s between two messages of one kind
@@ -172,7 +172,11 @@ class CapturedNamespaces(Generic[P]):
         wanted = [inode for inode in missing if self._refused.get(inode, now) <= now]
         anew = {self._anew.popleft() for _ in range(len(self._anew))}
         wanted += [inode for inode in anew if inode in self._open and inode in found]
-        _for_each(lambda inode: self._try(inode, found[inode]), wanted, _OPENERS)
+        ours = [inode for inode in wanted if not self._owners[inode]]
+        _for_each(lambda inode: self._try(inode, found[inode]), ours, _OPENERS)
+        for inode in wanted:  # users' one by one: they can make many, and this takes CPU time
+            if self._owners[inode]:
+                self._try(inode, found[inode])
         return pause
 
     def _try(self, inode: int, path: Path) -> None:
