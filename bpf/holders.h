@@ -403,10 +403,15 @@ static __always_inline void settle_rings(const struct key *who, u32 closing)
 {
 	struct mine mine = { .who = *who, .rings = 1, .closing = closing };
 	struct proc *proc = bpf_map_lookup_elem(&procs, &mine.who);
+	struct counters *c;
+	u32 cpu;
 
 	if (!proc || !(proc->rings || proc->ring_files))
 		return;
 	proc->doubt = bpf_ktime_get_ns() + RING_LAG;
+	c = counters_here(&cpu);
+	if (c)
+		c->doubt = proc->doubt;
 	bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
 }
 

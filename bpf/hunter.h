@@ -87,7 +87,8 @@ struct counters {
 	u64 events_lost;	/* events of processes that had no room */
 	u64 linked;		/* packets that Netfilter links were called for */
 	u64 linked_calls;	/* calls of the first of a pair that a link made needless */
-	u64 unused[5];		/* processors share no cache line */
+	u64 doubt;		/* until then an io_uring may drop files: sweeps shall look */
+	u64 unused[4];		/* processors share no cache line */
 };
 
 struct {

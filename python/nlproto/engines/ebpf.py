@@ -50,7 +50,8 @@ _LATE = 0.2  # s that a record may take from its number to its place in the ring
 _COLLECT = 1.0  # s between two sweeps
 # The time between two sweeps is at least this many times the last one's,
 _COLLECT_SHARE, _QUIET_SHARE = 50, 500
-_QUIET = 1000  # and the second one if fewer records came since, and all sockets had room
+# and the second one if fewer records came since, all sockets had room, and no io_uring drops files
+_QUIET = 1000
 
 _SNAP_BYTES = 4 << 20  # as in bpf/snap.h
 _SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
@@ -61,8 +62,8 @@ _COUNTERS = np.dtype(
         (name, "u8")
         for name in ("seq", "copies", "skipped", "lost", "full", "woken", "calls", "told")
     ]
-    + [(name, "u8") for name in ("events_lost", "linked", "linked_calls")]
-    + [("unused", "u8", 5)]  # what programs remember for themselves
+    + [(name, "u8") for name in ("events_lost", "linked", "linked_calls", "doubt")]
+    + [("unused", "u8", 4)]  # what programs remember for themselves
 )
 _BYTES = "bytes_"  # programs of a cgroup that run only while somebody wants first bytes
 # Called for incoming packets. Each has a second program, or does no harm when it is skipped.
@@ -312,6 +313,7 @@ class EbpfEngine:
         records, full = (int(self._counters[name].sum()) for name in ("seq", "full"))
         last = self._swept
         quiet = records - last.records < _QUIET and full == last.full
+        quiet &= int(self._counters["doubt"].max()) < last.at * 1e9
         if now - last.at < last.took * (_QUIET_SHARE if quiet else _COLLECT_SHARE):
             return
         began = time.monotonic()
