@@ -7,18 +7,12 @@
  * results after it.
  */
 #include "probes.h"
-#ifdef __TARGET_ARCH_x86
-#include <asm/unistd_64.h>
-#else
-#include <asm/unistd.h>
-#endif
 
 #define SOL_SOCKET	1
 #define SCM_RIGHTS	1
 #define PASSED_MAX	253	/* SCM_MAX_FD */
 #define CMSGS_MAX	8	/* control messages that are looked at */
 #define ADDFD		0x40182103	/* SECCOMP_IOCTL_NOTIF_ADDFD */
-#define CALL_MASK	0xffff	/* without the mark of x32 */
 
 /* The current process uses this descriptor, if it is a socket. */
 __noinline int call_uses(u32 fd)
@@ -148,16 +142,6 @@ static __always_inline void call_adds(struct task_struct *current, u64 argument)
 	o = owner_find(file_cookie(file_of(current, add.fd)));
 	if (o)
 		o->blind = 1;
-}
-
-/* Calls of 32 bits have other numbers and are not followed. */
-static __always_inline bool is_compat(struct task_struct *current)
-{
-#ifdef __TARGET_ARCH_x86
-	return ((struct task_struct___x86 *)current)->thread_info.status & TS_COMPAT;
-#else
-	return ((struct task_struct___arm *)current)->thread_info.flags & (1 << TIF_32BIT);
-#endif
 }
 
 static __always_inline void call_unknown(struct task_struct *current)

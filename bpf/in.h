@@ -204,6 +204,7 @@ int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority
 	     struct sock *child)
 {
 	struct sock *parent;
+	struct owner *o;
 	u64 via, cookie;
 
 	if (!child)
@@ -221,6 +222,10 @@ int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority
 			return 0;
 	}
 	owner_refer(cookie, via, SNIFFER_HOW_LISTENER);
+	/* it may wait for long, and probe_free() sees its end */
+	o = wants(child) ? owner_find(cookie) : NULL;
+	if (o && o->via)
+		o->dead = 0;
 	return 0;
 }
 

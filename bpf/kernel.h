@@ -38,6 +38,8 @@ enum { false, true };
 #define PF_KTHREAD		0x00200000
 #define IPSKB_FORWARDED		1
 #define IP6SKB_FORWARDED	2
+#define IPSKB_TRANSFORMED	4	/* IPSKB_XFRM_TRANSFORMED */
+#define IP6SKB_TRANSFORMED	1
 #define TS_COMPAT		2	/* x86: a call of 32 bits is under way */
 #define TIF_32BIT		22	/* arm64: a program of 32 bits */
 #define CLOSE_RANGE_UNSHARE	2
@@ -165,10 +167,18 @@ struct sock {
 };
 struct tcp_sock { bool is_mptcp; };
 struct tcp_sock___bit { u8 is_mptcp : 1; };
-struct inet_connection_sock { void *icsk_ulp_data; };
+struct request_sock_queue { struct request_sock *rskq_accept_head; };
+struct inet_connection_sock {
+	struct request_sock_queue icsk_accept_queue;
+	void *icsk_ulp_data;
+};
 struct mptcp_sock { struct sock *first; };
 struct mptcp_subflow_context___x { struct sock *conn; };
-struct request_sock { struct sock_common __req_common; };
+struct request_sock {
+	struct sock_common __req_common;
+	struct request_sock *dl_next;
+	struct sock *sk;
+};
 struct inet_timewait_sock { struct sock_common __tw_common; };
 
 struct sk_buff {
@@ -218,14 +228,15 @@ struct bpf_iter__task_file {
 #define ARGUMENT2(r)	((r)->si)
 #define ARGUMENT3(r)	((r)->dx)
 #define ARGUMENT4(r)	((r)->r10)
-#define CALL_NUMBER(r)	((r)->orig_ax)
+#define CALL_FIELD	orig_ax
 #else
 #define SYSCALL(name)	"__arm64_sys_" #name
 #define ARGUMENT1(r)	((r)->regs[0])
 #define ARGUMENT2(r)	((r)->regs[1])
 #define ARGUMENT3(r)	((r)->regs[2])
 #define ARGUMENT4(r)	((r)->regs[3])
-#define CALL_NUMBER(r)	((r)->syscallno)
+#define CALL_FIELD	syscallno
 #endif
+#define CALL_NUMBER(r)	((r)->CALL_FIELD)
 
 #endif /* HUNTER_KERNEL_H */

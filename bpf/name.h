@@ -5,8 +5,45 @@
 #include "packet.h"
 #include "use.h"
 
+/* Connections that waited to be accepted when the programs came: address -> the listener's cookie */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, u64);
+} queued SEC(".maps");
+
+struct queue {
+	u64 request;
+	u64 listener;
+};
+
+static long queue_step(u32 i, struct queue *queue)
+{
+	struct request_sock *request = (void *)queue->request;
+	u64 sk, listener = queue->listener;
+
+	if (!request)
+		return 1;
+	sk = (u64)BPF_CORE_READ(request, sk);
+	bpf_map_update_elem(&queued, &sk, &listener, BPF_ANY);
+	queue->request = (u64)BPF_CORE_READ(request, dl_next);
+	return 0;
+}
+
+static __always_inline void queue_seed(struct sock *sk, u64 cookie)
+{
+	struct inet_connection_sock *listener = (void *)sk;
+	struct queue queue = { .listener = cookie };
+
+	queue.request = (u64)BPF_CORE_READ(listener, icsk_accept_queue.rskq_accept_head);
+	bpf_loop(8192, queue_step, &queue, 0);
+}
+
 /* What naming needs of a socket. It is read while the socket is at hand. */
 struct about {
+	u64 address;
 	u64 cookie;
 	u64 parent;	/* cookie of the MPTCP socket whose subflow it is, or of its listener's */
 	u64 listener;	/* cookie of a request's */
@@ -97,6 +134,7 @@ static __always_inline void about_socket(struct sock *sk, struct about *a)
 		about_mini(&sk->__sk_common, a);
 		return;
 	}
+	a->address = address(sk);
 	a->state = state;
 	a->full = 1;
 	a->cookie = sk->__sk_common.skc_cookie.counter;
@@ -192,7 +230,7 @@ static __always_inline struct owner *name_find(u64 cookie, u64 parent)
 __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 {
 	struct owner *o, *other;
-	u64 via = 0;
+	u64 via = 0, *listener;
 
 	if (!r || !a)
 		return 0;
@@ -250,6 +288,13 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 		/* in parts nothing reports which listener got a closed one's queue */
 		if (parts && (!other->held || other->dead))
 			r->flags |= SNIFFER_F_AMBIGUOUS;
+		return 0;
+	}
+	listener = a->full && !a->inode ? bpf_map_lookup_elem(&queued, &a->address) : NULL;
+	other = listener ? owner_find(*listener) : NULL;
+	if (other && other->user.tgid) {
+		owner_refer(a->cookie, *listener, SNIFFER_HOW_LISTENER);
+		name_acceptor(r, other);
 		return 0;
 	}
 	r->how = a->gone || !a->full ? a->fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE :

@@ -8,14 +8,33 @@
  */
 #include "in.h"
 
-static __always_inline bool was_forwarded(struct sk_buff *skb, u8 family)
+/* What the stack notes of a packet: IPSKB_... or IP6SKB_... */
+static __always_inline u16 flags_of(struct sk_buff *skb, u8 family)
 {
 	u32 at = family == AF_INET ? bpf_core_field_offset(struct inet_skb_parm, flags) :
 				     bpf_core_field_offset(struct inet6_skb_parm, flags);
 	u16 flags = 0;
 
 	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)&skb->cb + at);
+	return flags;
+}
+
+static __always_inline bool was_forwarded(u16 flags, u8 family)
+{
 	return flags & (family == AF_INET ? IPSKB_FORWARDED : IP6SKB_FORWARDED);
+}
+
+/*
+ * IPsec sends on what it has made of a packet. IPComp leaves a small packet as it was.
+ * UDP from another port than the socket's is wrapped around a packet.
+ */
+static __always_inline bool is_again(struct sniffer_record *r, struct sk_buff *skb, u16 flags)
+{
+	struct sock *sk = skb->sk;
+
+	if (!(flags & (r->family == AF_INET ? IPSKB_TRANSFORMED : IP6SKB_TRANSFORMED)))
+		return false;
+	return r->proto == IPPROTO_TCP || (sk && sk->__sk_common.skc_num == r->sport);
 }
 
 /* In parts a packet is seen after the last NAT, which may have changed its port. */
@@ -160,6 +179,7 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 {
 	struct sniffer_record r = {};
 	struct shape s;
+	u16 flags;
 	u64 dst;
 
 	shape_out(skb, &s);
@@ -167,11 +187,16 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 		skip();
 		return;
 	}
+	flags = flags_of(skb, r.family);
+	if (is_again(&r, skb, flags)) {
+		skip();
+		return;
+	}
 	dst = skb->_skb_refdst & ~1ULL;
 	r.ifindex = BPF_CORE_READ((struct dst_entry *)dst, dev, ifindex);
 	r.netns = net->ns.inum;
 	r.dir = SNIFFER_DIR_OUT;
-	if (forwarded || was_forwarded(skb, r.family)) {
+	if (forwarded || was_forwarded(flags, r.family)) {
 		r.dir = SNIFFER_DIR_FWD;
 		r.how = SNIFFER_HOW_FORWARDED;
 	} else {

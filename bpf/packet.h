@@ -26,7 +26,7 @@ static __always_inline u32 parse_extensions(const void *packet, packet_reader re
 	for (i = 0; i < EXTENSIONS; i++) {
 		if (*proto == IPPROTO_TCP || *proto == IPPROTO_UDP)
 			return at;
-		if (*proto != 0 && *proto != 43 && *proto != 44 && *proto != 60 && *proto != 51)
+		if (*proto != 0 && *proto != 43 && *proto != 44 && *proto != 60)
 			return 0;
 		if (read(packet, at, ext, sizeof(ext)))
 			return 0;
@@ -34,8 +34,6 @@ static __always_inline u32 parse_extensions(const void *packet, packet_reader re
 			if (ext[2] | (ext[3] & 0xf8))
 				return 0;	/* a later fragment */
 			at += 8;
-		} else if (*proto == 51) {
-			at += (ext[1] + 2) * 4;
 		} else {
 			at += (ext[1] + 1) * 8;
 		}

@@ -362,6 +362,8 @@ int seed(struct bpf_iter__task_file *ctx)
 	o = owner_find(cookie);
 	if (o)
 		o->netns = sk->__sk_common.skc_net.net->ns.inum;
+	if (sk->__sk_common.skc_state == TCP_LISTEN && sk->sk_protocol == IPPROTO_TCP)
+		queue_seed(sk, cookie);
 #ifdef HUNTER_PARTS
 	if (sk->__sk_common.skc_state == TCP_LISTEN)
 		bpf_sk_storage_get(&listeners, sk, &cookie, BPF_SK_STORAGE_GET_F_CREATE);

@@ -7,6 +7,14 @@
  */
 #include "holders.h"
 
+#ifdef __TARGET_ARCH_x86
+#include <asm/unistd_64.h>
+#else
+#include <asm/unistd.h>
+#endif
+
+#define CALL_MASK	0xffff	/* of x86: without the mark of x32 */
+
 /*
  * The process that was last found not to have a certain socket, see stranger_mark(). This
  * avoids a search for each packet that a firewall's daemon or the user of a network disk
@@ -20,6 +28,37 @@ struct {
 } strangers SEC(".maps");
 
 u64 gains = 0;	/* descriptors received so far: with one more, a stranger may be none */
+
+/* Calls of 32 bits have other numbers. */
+static __always_inline bool is_compat(struct task_struct *current)
+{
+#ifdef __TARGET_ARCH_x86
+	return ((struct task_struct___x86 *)current)->thread_info.status & TS_COMPAT;
+#else
+	return ((struct task_struct___arm *)current)->thread_info.flags & (1 << TIF_32BIT);
+#endif
+}
+
+/*
+ * Does current's system call only look at a socket? While it holds the socket's lock,
+ * packets wait. They are another process's, though this one then sends what they allow
+ * to send.
+ */
+static __always_inline bool call_looks(struct task_struct *current)
+{
+	struct pt_regs *regs = (void *)bpf_task_pt_regs(current);
+
+	if (current->flags & PF_IO_WORKER || is_compat(current))
+		return false;
+	switch (BPF_CORE_READ(regs, CALL_FIELD) & CALL_MASK) {
+	case __NR_getsockopt:
+	case __NR_getsockname:
+	case __NR_getpeername:
+	case __NR_ioctl:
+		return true;
+	}
+	return false;
+}
 
 static __always_inline bool has_uring(struct task_struct *task)
 {
@@ -55,6 +94,8 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 	u64 *known, mark;
 	u32 zero = 0;
 
+	if (!called && o && o->held && call_looks(current))
+		return false;
 	if (g->file) {
 		g->fd = task_has(bpf_get_current_task(), g->file, hint, 0) - 1;
 		if (g->fd >= 0)

@@ -79,6 +79,21 @@ static void hooks_finish(struct sniffer_flow *flow, const struct net_device *dev
 		local_bh_enable();
 }
 
+/*
+ * IPsec passes this hook again with what it has made of a packet. IPComp leaves a small
+ * packet as it was. UDP from another port than the socket's is wrapped around a packet.
+ */
+static bool hooks_is_again(const struct sk_buff *skb, const struct sniffer_record *r)
+{
+	const struct sock *sk = skb->sk;
+
+	if (r->family == AF_INET ? !(IPCB(skb)->flags & IPSKB_XFRM_TRANSFORMED) :
+				   !(IP6CB(skb)->flags & IP6SKB_XFRM_TRANSFORMED))
+		return false;
+	return r->proto == IPPROTO_TCP ||
+	       (sk && sk_fullsock(sk) && inet_sk(sk)->inet_num == r->sport);
+}
+
 /* Makes the record of a packet, and hands it on. */
 static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
 			      u8 dir, const struct net_device *dev)
@@ -97,6 +112,10 @@ static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *s
 		sniffer_parse_ends(&flow, &ends);
 	else if (!sniffer_parse(&flow))
 		return;
+	if (dir == SNIFFER_DIR_OUT && hooks_is_again(skb, &flow.record)) {
+		sniffer_skip(SNIFFER_SKIP_OTHER);
+		return;
+	}
 
 	flow.record.time_ns = ktime_get_ns();
 	flow.record.netns = flow.net->ns.inum;

@@ -4,10 +4,14 @@
  * ago. The socket's entry in the owner table has not changed since. This file only
  * compares; any difference goes to use.c.
  */
+#include <linux/compat.h>
 #include <linux/cred.h>
 #include <linux/hash.h>
 #include <linux/percpu.h>
 #include <linux/preempt.h>
+#include <linux/sched/task_stack.h>
+#include <asm/syscall.h>
+#include <asm/unistd.h>
 #include <net/inet_sock.h>
 
 #include "alive.h"
@@ -111,6 +115,26 @@ void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsi
 	known->num = inet_sk(sk)->inet_num;
 out:
 	preempt_enable_notrace();
+}
+
+/**
+ * sniffer_known_looks - does current's system call only look at a socket?
+ *
+ * While it holds the socket's lock, packets wait. They are another process's, though
+ * this one then sends what they allow to send.
+ */
+bool sniffer_known_looks(void)
+{
+	if (current->flags & PF_IO_WORKER || in_compat_syscall())
+		return false;
+	switch (syscall_get_nr(current, task_pt_regs(current))) {
+	case __NR_getsockopt:
+	case __NR_getsockname:
+	case __NR_getpeername:
+	case __NR_ioctl:
+		return true;
+	}
+	return false;
 }
 
 static struct known_stranger *known_stranger_of(u64 cookie)

@@ -8,6 +8,7 @@ struct sniffer_owner;
 
 bool sniffer_known(const struct sock *sk);
 void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsigned int version);
+bool sniffer_known_looks(void);
 bool sniffer_known_stranger(u64 cookie, u32 gains);
 void sniffer_known_keep_stranger(u64 cookie, u32 gains);
 

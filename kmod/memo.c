@@ -382,8 +382,9 @@ static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
 		return false;
 	if (how != SNIFFER_HOW_SOCKET && how != SNIFFER_HOW_CONTEXT)
 		return false;
+	/* what IPsec makes of a packet passes the hook again, and may look like it */
 	if (flow->record.dir == SNIFFER_DIR_OUT &&
-	    (skb->sk != sk || trusted != (how == SNIFFER_HOW_CONTEXT)))
+	    (skb->sk != sk || trusted != (how == SNIFFER_HOW_CONTEXT) || dst_xfrm(skb_dst(skb))))
 		return false;
 	sock = READ_ONCE(sk->sk_socket);
 	return sock && READ_ONCE(sock->file) && flow->record.inode;

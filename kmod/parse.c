@@ -13,9 +13,19 @@
 #include "parse.h"
 #include "skip.h"
 
+/* Does the routing header of this IPv6 packet name another router or its receiver? */
+static bool parse_goes_on(const struct sniffer_flow *flow)
+{
+	int flags = IP6_FH_F_SKIP_RH;	/* those of which nothing is left */
+	unsigned int at = 0;
+
+	return flow->thoff > (int)sizeof(struct ipv6hdr) &&
+	       ipv6_find_hdr(flow->skb, &at, NEXTHDR_ROUTING, NULL, &flags) >= 0;
+}
+
 /**
  * sniffer_parse - read a packet's headers
- * @flow: @skb and the record's family are set; fills in addresses, ports, lengths and
+ * @flow: @skb, and the record's family and direction, are set; fills in addresses, ports, lengths and
  *	flags
  *
  * Return: false when the packet has been counted as skipped.
@@ -46,14 +56,18 @@ bool sniffer_parse(struct sniffer_flow *flow)
 		memcpy(r->daddr, &ip->daddr, 4);
 	} else {
 		const struct ipv6hdr *ip6 = skb_header_pointer(skb, 0, sizeof(buf.ip6), &buf);
+		int flags = IP6_FH_F_AUTH;	/* without this header it passes the hook, too */
 
 		if (!ip6)
 			goto skip;
 		memcpy(r->saddr, &ip6->saddr, 16);
 		memcpy(r->daddr, &ip6->daddr, 16);
 		flow->thoff = 0;
-		proto = ipv6_find_hdr(skb, (unsigned int *)&flow->thoff, -1, &fragment, NULL);
+		proto = ipv6_find_hdr(skb, (unsigned int *)&flow->thoff, -1, &fragment, &flags);
 		if (proto < 0)
+			goto skip;
+		why = SNIFFER_SKIP_OTHER;
+		if (r->dir == SNIFFER_DIR_IN && parse_goes_on(flow))
 			goto skip;
 	}
 

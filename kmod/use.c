@@ -89,7 +89,7 @@ static int use_find_fd(const struct file *file, int hint, bool walk)
  * of a process:
  * - what a firewall's daemon has judged (NFQUEUE);
  * - requests of a disk whose socket was handed to the kernel (NBD);
- * - what waited while the process looked at the socket (ss);
+ * - what waited while the process looked at the socket (ss, getsockopt());
  * - the end of a socket whose last reference it dropped.
  */
 static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owner *owner,
@@ -99,6 +99,8 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	int hint = owner ? READ_ONCE(owner->fd) : -1;
 
+	if (!called && owner && READ_ONCE(owner->held) && sniffer_known_looks())
+		return false;
 	if (file) {
 		gain->fd = use_find_fd(file, hint, false);
 		if (gain->fd >= 0)

@@ -21,6 +21,7 @@ from ..stage import (
 from ..traffic import (
     UDP,
     V4,
+    V6,
     ask,
     bound,
     playing,
@@ -31,8 +32,18 @@ from ..traffic import (
 )
 from ..truth import Worker
 from .multicast import group_sender
-from .namespaces import COUNT, LEFT_PORT, RIGHT_PORT, connect_often, far_asker, far_echo
+from .namespaces import (
+    COUNT,
+    LEFT_PORT,
+    RIGHT_PORT,
+    connect_often,
+    far_asker,
+    far_echo,
+    nobody_forwards,
+    router,
+)
 
+HERE = "/proc/self/ns/net"
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
 
 
@@ -202,3 +213,56 @@ def ipvlan_l3(stage: Stage) -> None:
 def ipvlan_l3s(stage: Stage) -> None:
     """ipvlan in mode l3s also receives in the host's namespace: not for the port's holder there."""
     ipvlan(stage, "l3s")
+
+
+def by_ipsec(stage: Stage, proto: str, how: str) -> None:
+    """All datagrams between two namespaces by IPsec in transport mode, over IPv4 and IPv6."""
+    run("modprobe", "-a", "xfrm_user", "ah4", "ah6", "ipcomp", "ipcomp6", "deflate")
+    other = stage.namespace()
+    ends = (("10.9.0.1", "10.9.0.2"), ("fd09::1", "fd09::2"))
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"), ("fd09::1/64", "fd09::2/64"))
+    lines = [
+        f"xfrm state add src {one} dst {two} proto {proto} spi 0x{spi} mode transport {how}\n"
+        f"xfrm policy add src {one} dst {two} dir {{}} tmpl proto {proto} mode transport level "
+        for near, far in ends
+        for spi, one, two in ((1001, near, far), (1002, far, near))
+    ]
+    level = {"out": "required", "in": "use" if proto == "comp" else "required"}
+    for path, ways in ((HERE, ("out", "in")), (other.path, ("in", "out"))):
+        text = [line.format(way) + level[way] for line, way in zip(lines, ways * 2, strict=True)]
+        run("nsenter", f"--net={path}", "ip", "-batch", "-", data="\n".join([*text, ""]))
+    with playing(stage):
+        for near, far in ends:
+            stage.spawn("far", far_echo, far, RIGHT_PORT, COUNT, netns=other).hear()
+            stage.spawn("near", far_asker, near, LEFT_PORT, (far, RIGHT_PORT), 50).join()
+
+
+@scenario(engines=("module",))
+def authenticated_by_ipsec(stage: Stage) -> None:
+    """IPsec's AH: each packet passes with and without that header, and is recorded once."""
+    by_ipsec(stage, "ah", "auth hmac(sha256) 0x" + "11" * 32)
+
+
+@scenario(engines=("module",))
+def left_as_it_was_by_ipsec(stage: Stage) -> None:
+    """IPComp leaves small packets as they are and sends them on: recorded once."""
+    by_ipsec(stage, "comp", "comp deflate")
+
+
+@scenario(engines=("module",))
+def forwarded_by_its_segments(stage: Stage) -> None:
+    """A routing header leads through a router: not for who has the port there."""
+    left, right = router(stage)
+    for path, names in ((left.path, "all eth"), (right.path, "all eth"), (HERE, "all ro1 ro2")):
+        text = f"for i in {names}; do echo 1 >/proc/sys/net/ipv6/conf/$i/seg6_enabled; done"
+        run("nsenter", f"--net={path}", "sh", "-c", text)
+    left.run("ip", "-6", "route", "add", "fd09:2::2", "encap", "seg6", "mode", "inline", "segs",
+             "fd09:1::1", "via", "fd09:1::1", "dev", "eth")  # fmt: skip
+    with playing(stage):
+        decoy = bound(V6, UDP, "fd09:1::1", RIGHT_PORT)
+        stage.worker.claim(decoy, exact=True)
+        nobody_forwards(stage, LEFT_PORT, RIGHT_PORT)
+        stage.spawn("far", far_echo, "fd09:2::2", RIGHT_PORT, COUNT, netns=right).hear()
+        peer = ("fd09:2::2", RIGHT_PORT)
+        stage.spawn("near", far_asker, "fd09:1::2", LEFT_PORT, peer, 50, netns=left).join()
+        decoy.close()

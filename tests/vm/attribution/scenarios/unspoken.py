@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import socket
 import struct
@@ -21,6 +22,10 @@ from .owners import quiet
 
 # linux/tcp.h, linux/in6.h, linux/aio_abi.h
 TCP_ZEROCOPY_RECEIVE, IPV6_ADDRFORM, IOCB_CMD_PREAD = 35, 1, 0
+TCP_SAVE_SYN, TCP_SAVED_SYN, WRITTEN = 27, 28, 8_000_000
+# linux/userfaultfd.h
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_ZEROPAGE = 0xC018AA3F, 0xC020AA00, 0xC020AA04
+SYS_USERFAULTFD = 323 if os.uname().machine == "x86_64" else 282
 ZEROCOPY = struct.Struct("=QIIIiQiI")
 """struct tcp_zerocopy_receive up to its flags: where, length, ..., copied to, bytes copied."""
 PAGES = 16 * 4096
@@ -382,3 +387,67 @@ def mounted_by_who_has_exited(stage: Stage) -> None:
         quiet()
         run("umount", str(where))
         quiet()
+
+
+class Look:
+    """getsockopt(TCP_SAVED_SYN), into a page that is not there: it holds the socket's lock."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._fault = call("syscall", SYS_USERFAULTFD, os.O_CLOEXEC)
+        fcntl.ioctl(self._fault, UFFDIO_API, struct.pack("=QQQ", 0xAA, 0, 0))
+        LIBC.mmap.restype = ctypes.c_void_p
+        self._where = LIBC.mmap(None, ctypes.c_size_t(4096), 3, 0x22, -1, 0)
+        fcntl.ioctl(self._fault, UFFDIO_REGISTER, struct.pack("=QQQQ", self._where, 4096, 1, 0))
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        os.read(self._fault, 32)
+
+    def _look(self) -> None:
+        size = ctypes.c_uint(100)
+        where = ctypes.c_void_p(self._where)
+        call("getsockopt", self._sock.fileno(), socket.IPPROTO_TCP, TCP_SAVED_SYN, where,
+             ctypes.byref(size))  # fmt: skip
+
+    def end(self) -> None:
+        fcntl.ioctl(self._fault, UFFDIO_ZEROPAGE, struct.pack("=QQQq", self._where, 4096, 0, 0))
+        self._thread.join()
+
+
+def writes(worker: Worker, wire: Wire, sock: socket.socket) -> None:
+    worker.claim(sock, remote=sock.getpeername(), any_address=True)
+    wire.tell("mine")
+    sock.sendall(bytes(WRITTEN))
+
+
+def looks_at(worker: Worker, wire: Wire, stage: Stage) -> None:
+    """Accepts; its child writes, and it looks while answers to that arrive."""
+    listener = listening(V4)
+    listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
+    claim = worker.claim(listener, any_address=True)
+    wire.tell(listener.getsockname())
+    sock, _ = listener.accept()
+    worker.also(claim, sock)
+    child = stage.spawn("writer", writes, sock)
+    child.hear()
+    wait_asleep(child.pid)
+    look = Look(sock)
+    wire.tell("looks")
+    wire.hear()
+    look.end()
+    sock.close()
+    child.join()
+
+
+@scenario(max_loose=4, engines=("module",))
+def looked_at_while_another_writes(stage: Stage) -> None:
+    """Its parent's getsockopt() delays answers to what a child writes: the child's as before."""
+    with playing(stage):
+        parent = stage.spawn("parent", looks_at, stage)
+        sock = bound(V4, TCP)
+        stage.worker.claim(sock)
+        sock.connect(ask(parent))
+        parent.hear()
+        taken = len(sock.recv(WRITTEN, socket.MSG_DONTWAIT))
+        parent.tell()
+        receive_all(sock, WRITTEN - taken)
