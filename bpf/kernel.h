@@ -46,6 +46,8 @@ enum { false, true };
 #define NF_INET_FORWARD		2
 #define NF_ACCEPT		1
 #define NAT_DONE		(3 << 4)	/* IPS_NAT_MASK */
+#define WQ_FLAG_EXCLUSIVE	1
+#define STACK_MAX	(64 << 10)	/* THREAD_SIZE at most */
 #define SOCK_DEAD_BIT		1	/* 1 << SOCK_DEAD */
 
 enum {
@@ -117,6 +119,7 @@ struct task_struct {
 	struct signal_struct *signal;
 	struct list_head tasks;
 	struct list_head thread_node;
+	void *stack;
 	char comm[16];
 	void *io_uring;
 	struct nsproxy *nsproxy;
@@ -154,7 +157,14 @@ struct sock_common {
 	struct sock *skc_listener;
 	unsigned long skc_flags;
 };
-struct socket { struct sock *sk; struct file *file; };
+struct wait_queue_entry {
+	unsigned int flags;
+	void *private;
+	struct list_head entry;
+};
+struct wait_queue_head { struct list_head head; };
+struct socket_wq { struct wait_queue_head wait; };
+struct socket { struct sock *sk; struct file *file; struct socket_wq wq; };
 struct socket_alloc { struct socket socket; struct inode vfs_inode; };
 struct sock {
 	struct sock_common __sk_common;

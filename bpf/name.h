@@ -208,6 +208,67 @@ static __always_inline void name_owner(struct sniffer_record *r, struct owner *o
 	name_facts(r, o, user);
 }
 
+struct waiters {
+	u64 head, pos;
+	u64 task;	/* it waits longest */
+	u32 others;	/* who wait before it by other means */
+};
+
+/*
+ * A receive call has its entry on its stack. Those of epoll and io_uring are elsewhere,
+ * those of poll() are not exclusive.
+ */
+static long waiters_step(u32 i, struct waiters *w)
+{
+	struct wait_queue_entry *entry;
+	struct task_struct *task;
+	u64 stack;
+
+	if (!w->pos || w->pos == w->head || w->task || w->others > 1)
+		return 1;
+	entry = (void *)(w->pos - bpf_core_field_offset(struct wait_queue_entry, entry));
+	task = BPF_CORE_READ(entry, private);
+	stack = (u64)BPF_CORE_READ(task, stack);
+	if (BPF_CORE_READ(entry, flags) & WQ_FLAG_EXCLUSIVE && stack &&
+	    (u64)entry - stack < STACK_MAX)
+		w->task = (u64)task;
+	else
+		w->others++;
+	w->pos = (u64)BPF_CORE_READ(entry, entry.next);
+	return 0;
+}
+
+/*
+ * Names a datagram after the process that will be given it, of several who have the
+ * socket. The name stays if nobody waits in a call. If several wait by other means, as
+ * epoll, the first of them to ask gets it.
+ */
+__noinline int name_waiter(struct sniffer_record *r, u64 file)
+{
+	struct waiters w = {};
+	struct task_struct *task;
+
+	if (!r)
+		return 0;
+	w.head = (u64)BPF_CORE_READ((struct file *)file, private_data) +
+		 bpf_core_field_offset(struct socket, wq.wait.head);
+	bpf_probe_read_kernel(&w.pos, sizeof(w.pos), (void *)w.head);
+	bpf_loop(64, waiters_step, &w, 0);
+	task = (void *)w.task;
+	if (task) {
+		r->tgid = BPF_CORE_READ(task, tgid);
+		r->tid = BPF_CORE_READ(task, pid);
+		r->uid = BPF_CORE_READ(task, cred, uid.val);
+		task = BPF_CORE_READ(task, group_leader);
+		r->start_ns = BPF_CORE_READ(task, start_boottime);
+		comm_at(r->comm, task->comm);
+		r->flags &= ~SNIFFER_F_AMBIGUOUS;
+	}
+	if (w.others && (w.task || w.others > 1))
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+	return 0;
+}
+
 /* Names a record after the process that would accept the connection. */
 static __always_inline void name_acceptor(struct sniffer_record *r, struct owner *listener)
 {
@@ -268,6 +329,9 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 	}
 	if (o && !via && o->user.tgid) {
 		name_owner(r, o, how);
+		if (r->proto == IPPROTO_UDP && r->dir == SNIFFER_DIR_IN &&
+		    r->flags & SNIFFER_F_SHARED)
+			name_waiter(r, o->file);
 		return 0;
 	}
 	if (a->parent) {

@@ -14,7 +14,9 @@
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>
 #include <linux/netfilter_ipv6.h>
+#include <net/ip6_fib.h>
 #include <net/net_namespace.h>
+#include <net/route.h>
 
 #include "alive.h"
 #include "batch.h"
@@ -137,6 +139,22 @@ static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *s
 		sniffer_lookup_hand_on(skb, found);
 }
 
+/*
+ * A VRF shows what it sends twice. The first time its device is the hook's, and if it has
+ * a queue (tc), also the route's. What stays inside the VRF has a local route.
+ */
+static bool hooks_passes_vrf(const struct sk_buff *skb, u8 family, const struct net_device *dev)
+{
+	const struct dst_entry *dst = skb_dst(skb);
+
+	if (!dev || !netif_is_l3_master(dev) || !dst)
+		return false;
+	if (dst->dev != dev)
+		return true;
+	return family == AF_INET ? !(skb_rtable(skb)->rt_flags & RTCF_LOCAL) :
+				   !(((const struct rt6_info *)dst)->rt6i_flags & RTF_LOCAL);
+}
+
 static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
 				  u8 dir)
 {
@@ -147,9 +165,7 @@ static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_stat
 		sniffer_skip(SNIFFER_SKIP_LISTENER);
 		return;
 	}
-	/* A VRF shows the packets of its slaves twice. Skip the first time. */
-	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
-	    skb_dst(skb)->dev != dev) {
+	if (dir == SNIFFER_DIR_OUT && hooks_passes_vrf(skb, family, dev)) {
 		sniffer_skip(SNIFFER_SKIP_OTHER);
 		return;
 	}

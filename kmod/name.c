@@ -15,6 +15,7 @@
 #include "process.h"
 #include "reset.h"
 #include "use.h"
+#include "waiter.h"
 
 /* Has a server in the kernel set the user data? BPF maps mark theirs with the low bits. */
 static bool name_has_server(const struct sock *sk)
@@ -300,7 +301,10 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	via = owner ? smp_load_acquire(&owner->via) : 0;
 	if (owner && !via && rcu_access_pointer(owner->user)) {
 		name_owner(r, owner, how);
-		if (full)
+		if (r->proto == IPPROTO_UDP && r->dir == SNIFFER_DIR_IN &&
+		    r->flags & SNIFFER_F_SHARED)
+			sniffer_waiter_name(r, sk);
+		else if (full)
 			name_note(flow, sk, owner, version);
 		return;
 	}

@@ -130,26 +130,40 @@ def kernel_tunnel(stage: Stage) -> None:
         stage.spawn("near", far_asker, "10.7.0.1", LEFT_PORT, ("10.7.0.2", RIGHT_PORT), 50)
 
 
-def vrf_server(worker: Worker, wire: Wire) -> None:
-    sock = socket.socket(V4, UDP)
+def vrf_server(worker: Worker, wire: Wire, host: str) -> None:
+    sock = socket.socket(V6 if ":" in host else V4, UDP)
     sock.settimeout(30)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"red")
-    sock.bind(("10.9.0.1", RIGHT_PORT))
+    sock.bind((host, RIGHT_PORT))
     claim = worker.claim(sock, exact=True)
     wire.tell("ready")
     send_back(worker, claim, sock, COUNT)
 
 
+def in_vrf(stage: Stage, *queue: str) -> None:
+    other = stage.beside()
+    text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
+    run("ip", "-batch", "-", data=text + "addr add fd09::1/64 dev ve0 nodad\n")
+    other.run("ip", "addr", "add", "fd09::2/64", "dev", "ve1", "nodad")
+    if queue:
+        run("tc", "qdisc", "add", "dev", "red", "root", *queue)
+    with playing(stage):
+        for here, there in (("10.9.0.1", "10.9.0.2"), ("fd09::1", "fd09::2")):
+            stage.spawn("server", vrf_server, here).hear()
+            peer = (here, RIGHT_PORT)
+            stage.spawn("near", far_asker, there, LEFT_PORT, peer, 50, netns=other).join()
+
+
 @scenario()
 def vrf(stage: Stage) -> None:
     """A server in a VRF."""
-    other = stage.beside()
-    text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
-    run("ip", "-batch", "-", data=text)
-    with playing(stage):
-        stage.spawn("server", vrf_server).hear()
-        peer = ("10.9.0.1", RIGHT_PORT)
-        stage.spawn("near", far_asker, "10.9.0.2", LEFT_PORT, peer, 50, netns=other)
+    in_vrf(stage)
+
+
+@scenario(engines=("module",))
+def vrf_with_a_queue(stage: Stage) -> None:
+    """The same where the VRF has a queue, which its packets go through."""
+    in_vrf(stage, "pfifo")
 
 
 def vrf_member(worker: Worker, wire: Wire, device: bytes, count: int) -> None:
