@@ -291,7 +291,7 @@ static __always_inline struct owner *name_find(u64 cookie, u64 parent)
 __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 {
 	struct owner *o, *other;
-	u64 via = 0, *listener;
+	u64 via = 0, sk, *listener;
 
 	if (!r || !a)
 		return 0;
@@ -354,7 +354,8 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 			r->flags |= SNIFFER_F_AMBIGUOUS;
 		return 0;
 	}
-	listener = a->full && !a->inode ? bpf_map_lookup_elem(&queued, &a->address) : NULL;
+	sk = a->address;	/* 6.1 takes a key only from the stack */
+	listener = a->full && !a->inode ? bpf_map_lookup_elem(&queued, &sk) : NULL;
 	other = listener ? owner_find(*listener) : NULL;
 	if (other && other->user.tgid) {
 		owner_refer(a->cookie, *listener, SNIFFER_HOW_LISTENER);
