@@ -27,8 +27,7 @@
  * Rules, each checked on real traffic:
  * - the last process that used a socket and still has it owns its packets;
  * - a process that does not have a socket does not use it, whatever runs in its context;
- * - of several who have a socket, the one who has waited longest in a receive call gets the
- *   next datagram;
+ * - of several who have a socket, whose receive call waits longest gets the next datagram;
  * - receiving a descriptor (SCM_RIGHTS, pidfd_getfd) is a use;
  * - the table has no list of holders. When the user closes the socket, holders.c searches
  *   descriptor tables. The heir is the latest earlier user that still has it. Without one it is
