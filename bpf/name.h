@@ -209,9 +209,10 @@ static __always_inline void name_owner(struct sniffer_record *r, struct owner *o
 }
 
 struct waiters {
+	u64 first, last;	/* entries, as the queue's head has them */
 	u64 head, pos;
 	u64 task;	/* it waits longest */
-	u32 others;	/* who wait before it by other means */
+	u64 at;		/* its entry */
 };
 
 /*
@@ -224,16 +225,16 @@ static long waiters_step(u32 i, struct waiters *w)
 	struct task_struct *task;
 	u64 stack;
 
-	if (!w->pos || w->pos == w->head || w->task || w->others > 1)
+	if (!w->pos || w->pos == w->head || w->task)
 		return 1;
 	entry = (void *)(w->pos - bpf_core_field_offset(struct wait_queue_entry, entry));
 	task = BPF_CORE_READ(entry, private);
 	stack = (u64)BPF_CORE_READ(task, stack);
 	if (BPF_CORE_READ(entry, flags) & WQ_FLAG_EXCLUSIVE && stack &&
-	    (u64)entry - stack < STACK_MAX)
+	    (u64)entry - stack < STACK_MAX) {
 		w->task = (u64)task;
-	else
-		w->others++;
+		w->at = w->pos;
+	}
 	w->pos = (u64)BPF_CORE_READ(entry, entry.next);
 	return 0;
 }
@@ -252,7 +253,8 @@ __noinline int name_waiter(struct sniffer_record *r, u64 file)
 		return 0;
 	w.head = (u64)BPF_CORE_READ((struct file *)file, private_data) +
 		 bpf_core_field_offset(struct socket, wq.wait.head);
-	bpf_probe_read_kernel(&w.pos, sizeof(w.pos), (void *)w.head);
+	bpf_probe_read_kernel(&w, sizeof(w.first) + sizeof(w.last), (void *)w.head);
+	w.pos = w.first;
 	bpf_loop(64, waiters_step, &w, 0);
 	task = (void *)w.task;
 	if (task) {
@@ -264,7 +266,8 @@ __noinline int name_waiter(struct sniffer_record *r, u64 file)
 		comm_at(r->comm, task->comm);
 		r->flags &= ~SNIFFER_F_AMBIGUOUS;
 	}
-	if (w.others && (w.task || w.others > 1))
+	/* 6.1 follows a loop once and trusts what it has counted: no counter */
+	if (w.task ? w.first != w.at : w.first != w.head && w.first != w.last)
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 	return 0;
 }
