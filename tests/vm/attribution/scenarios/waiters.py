@@ -23,6 +23,7 @@ def answers(worker: Worker, wire: Wire, sock: socket.socket, header: int, polls:
     if polls:
         poller.register(sock, select.EPOLLIN)
     worker.claim(sock, dirs="i", flags=["ambiguous"] * polls)
+    worker.claim(sock, dirs="i", lens=[header + 3])
     wire.tell("ready")
     while True:
         if polls:
