@@ -35,6 +35,7 @@ compile_workers(BINARIES)
 SOME = {
     *("tcp_accept_fork_close", "scm_rights_receiver_polls", "pidfd_getfd", "exec_after_socket"),
     *("prefork_server", "tcp_reuseport", "last_user_exits", "partner_closes_in_a_copy"),
+    *("ring_closes_one_file", "datagrams_for_who_waits", "looked_at_while_another_writes"),
     *("io_uring_inline", "ring_closed", "sockets_older_than_engine", "pid_reused", "container"),
     *("udp_v4", "udp_v6", "udp_receive_only", "udp_send_then_exit", "multicast_v4", "forwarded"),
     *("splice_from_shared_socket", "redirected_to_local", "tcp_v4", "tcp_v6", "tcp_syn_cookies"),
