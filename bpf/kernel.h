@@ -45,6 +45,7 @@ enum { false, true };
 #define CLOSE_RANGE_UNSHARE	2
 #define NF_INET_FORWARD		2
 #define NF_ACCEPT		1
+#define ROUTE_LOCAL		0x80000000	/* RTCF_LOCAL and RTF_LOCAL */
 #define NAT_DONE		(3 << 4)	/* IPS_NAT_MASK */
 #define WQ_FLAG_EXCLUSIVE	1
 #define STACK_MAX	(64 << 10)	/* THREAD_SIZE at most */
@@ -65,8 +66,11 @@ struct list_head { struct list_head *next, *prev; };
 struct ns_common { unsigned int inum; };
 struct net { struct ns_common ns; };
 typedef struct { struct net *net; } possible_net_t;
-struct net_device { int ifindex; possible_net_t nd_net; };
+struct net_device { int ifindex; possible_net_t nd_net; unsigned int priv_flags; };
+enum netdev_priv_flags___x { IFF_L3MDEV_MASTER___x = 1 << 18 };
 struct dst_entry { struct net_device *dev; };
+struct rtable { unsigned int rt_flags; };
+struct rt6_info { u32 rt6i_flags; };
 
 /* where a path goes through a mount */
 struct vfsmount { struct dentry *mnt_root; };
@@ -217,7 +221,7 @@ struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
 struct inet_skb_parm { u16 flags; };
 struct inet6_skb_parm { u16 flags; };
 
-struct nf_hook_state { u8 hook; struct sock *sk; struct net *net; };
+struct nf_hook_state { u8 hook; struct net_device *out; struct sock *sk; struct net *net; };
 struct bpf_nf_ctx { const struct nf_hook_state *state; struct sk_buff *skb; };
 
 struct seq_file;

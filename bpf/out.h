@@ -353,6 +353,23 @@ TWICE(ip6_output)
 TWICE(xfrm4_output)
 TWICE(xfrm6_output)
 
+/* Will a VRF show this packet once more? See hooks_passes_vrf() in kmod/hooks.c. */
+static __always_inline bool link_passes_vrf(const struct nf_hook_state *state, struct sk_buff *skb)
+{
+	struct net_device *dev = state->out;
+	void *dst = (void *)(skb->_skb_refdst & ~1ULL);
+
+	if (state->hook == NF_INET_FORWARD || !dev || !dst ||
+	    !(BPF_CORE_READ_BITFIELD_PROBED(dev, priv_flags) &
+	      bpf_core_enum_value(enum netdev_priv_flags___x, IFF_L3MDEV_MASTER___x)))
+		return false;
+	if (BPF_CORE_READ((struct dst_entry *)dst, dev) != dev)
+		return true;
+	return !((skb->protocol == bpf_htons(0x0800) ?
+		  BPF_CORE_READ((struct rtable *)dst, rt_flags) :
+		  BPF_CORE_READ((struct rt6_info *)dst, rt6i_flags)) & ROUTE_LOCAL);
+}
+
 /* After all other hooks of LOCAL_OUT and FORWARD, of both families. */
 SEC("netfilter")
 int link_out(struct bpf_nf_ctx *ctx)
@@ -369,6 +386,10 @@ int link_out(struct bpf_nf_ctx *ctx)
 	if (!c || !told || !link_of(net))
 		return NF_ACCEPT;
 	__sync_fetch_and_add(&c->linked, 1);
+	if (link_passes_vrf(state, skb)) {
+		skip();
+		return NF_ACCEPT;
+	}
 	out(net, state->sk, skb, false, state->hook == NF_INET_FORWARD);
 	told->linked_skb = (u64)skb;
 	return NF_ACCEPT;
