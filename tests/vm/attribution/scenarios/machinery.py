@@ -33,6 +33,7 @@ from ..traffic import (
 )
 from ..truth import Worker
 from .owners import quiet
+from .tcp import accept_late
 
 COUNT = 20
 SO_BUSY_POLL, UDP_SEGMENT = 46, 103
@@ -343,21 +344,10 @@ def sockets_older_than_engine(stage: Stage) -> None:
         sender.tell()
 
 
-def accepts_late(worker: Worker, wire: Wire) -> None:
-    sock = listening(V4)
-    claim = worker.claim(sock, any_address=True, in_=3, out=2)
-    wire.tell(sock.getsockname())
-    wire.hear()
-    peer, _ = sock.accept()
-    worker.also(claim, peer)
-    peer.sendall(receive_all(peer, 5))
-    receive_all(peer, 1)
-
-
 @scenario()
 def queued_and_older_than_engine(stage: Stage) -> None:
     """A connection waits to be accepted when the engine comes: its listener's."""
-    server = stage.spawn("server", accepts_late)
+    server = stage.spawn("server", accept_late)
     sock = bound(V4, TCP)
     stage.worker.claim(sock)
     sock.connect(ask(server))
