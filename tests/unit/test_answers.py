@@ -13,13 +13,17 @@ import msgspec
 import numpy as np
 import pytest
 
+import daemon.serve.answers
 from daemon.history.memory import FlowMemory
 from daemon.serve import now
 from daemon.serve.answers import Answers, Room
 from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
+from nlproto import Error
+from nlproto.client.client import DaemonClient
 from nlproto.host.kernel_sockets import BoundSocket
 from nlproto.host.procfs import Identity, Owner
 from nlproto.host.sockdiag import HOST_SOCKET, TcpState
+from nlproto.records.ends import Translated, Way
 from nlproto.tables.flows import pack_address
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
@@ -93,6 +97,61 @@ def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers: 
     owners = _decoded(answer)["owners"]
     assert len(owners) == 1000 and owners[0]["cookie"] == 7 and owners[-1] is None
     assert answer["truncated"] is True
+
+
+class Client(DaemonClient):
+    """Asks `answers` directly, with little room for each answer."""
+
+    def __init__(self, answers: Answers, size: int) -> None:
+        self._answers, self._size, self.asked = answers, size, 0
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        self.asked += 1
+        request = msgspec.convert({"id": 1, "op": op} | fields, Lookup)
+        reply = self._answers.lookup(request, None, room=Room(self._size))
+        answered: dict[str, Any] = _decoded(reply)
+        return answered
+
+
+def test_the_client_asks_again_for_what_had_no_room(answers: Answers) -> None:
+    keys = [{"cookie": 7}, {"cookie": 8}] * 50
+    client = Client(answers, 200_000)
+    owners = client.lookup(keys)
+    assert [owner and len(owner["holders"]) for owner in owners] == [300, None] * 50
+    assert client.asked < 20
+
+
+def test_an_owner_without_all_its_holders_says_so(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon.serve.answers, "_MAX_HOLDERS", 50)
+    client = Client(answers, 200_000)
+    (one, nobody) = client.lookup([{"cookie": 7}, {"cookie": 8}])
+    assert one and nobody is None and len(one["holders"]) == 50 and one["holders_cut"] is True
+    with pytest.raises(Error, match="no room"):
+        Client(answers, 100).lookup([{"cookie": 7}])
+
+
+class Published:
+    """Each connection of port 80 to port 4000 has come to another one's port 8080."""
+
+    cut = False
+
+    def maybe(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.ones(len(one), bool)
+
+    def find_now(self, way: Way) -> Translated | None:
+        return way[3], 8080, way[5], way[6]
+
+
+def test_a_published_port_is_found_behind_any_number_of_other_connections(
+    answers: Answers,
+) -> None:
+    rows = Kernel(range(1), sockets=6000)
+    rows.tables[1]["state"], rows.tables[1]["dport"] = TcpState.ESTABLISHED, 4000
+    answers.kernel = stand_in(rows)
+    answers.translations = stand_in(Published())
+    assert answers.who(Who(1, port=8080, limit=1), None)["owners_total"] == 6000
 
 
 def test_an_owner_answer_is_cut_to_its_room(answers: Answers) -> None:

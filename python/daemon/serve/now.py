@@ -155,7 +155,9 @@ class _Nat:
         way: Way = (netns, *kind, near, int(row["sport"]), far, int(row["dport"]))
         return self._translations.find_now(way)
 
-    def fitting(self, netns: int, table: np.ndarray, question: Question) -> np.ndarray:
+    def fitting(
+        self, netns: int, table: np.ndarray, question: Question, looking: Looking
+    ) -> np.ndarray:
         """Return which HOST_SOCKETs fit by their translated ends."""
         mask = np.zeros(len(table), bool)
         if self._translations is None or (question.port, question.host) == (None, None):
@@ -164,7 +166,8 @@ class _Nat:
         maybe &= (table["dport"] != 0) & (table["inode"] != 0)
         if question.proto is not None:
             maybe &= table["proto"] == question.proto
-        for at in np.flatnonzero(maybe)[:_LOOKED].tolist():
+        for at in np.flatnonzero(maybe).tolist():
+            looking.stop()
             became = self.of(netns, table[at])
             mask[at] = became is not None and _fits(table[at], became, question)
         return mask
@@ -233,7 +236,7 @@ def _rows(
         table = unmapped(table)
         mask = held(table) & (table["inode"] != 0)
         mask &= fitting(table, question.port, question.proto, question.host) | nat.fitting(
-            netns, table, question
+            netns, table, question, looking
         )
         if question.listening:
             mask &= listening(table)
@@ -265,7 +268,9 @@ def _holders(
     if not found and not known and pipeline.portmap is not None:
         # accepted or created since the last walk: its holder may be another owner of the same port
         port = int(row["sport"])
-        for one in pipeline.portmap.who(port, uid=looking.uid, limit=_SAME_PORT):
+        same_port = pipeline.portmap.who(port, uid=looking.uid, limit=_SAME_PORT + 1)
+        looking.truncated |= len(same_port) > _SAME_PORT
+        for one in same_port[:_SAME_PORT]:
             if looking.holds(one.tgid, inode):
                 start_ns = start_of(one.tgid, one.start_ns)
                 found[one.tgid, start_ns] = holder(one.tgid, start_ns, one.comm, one.uid)

@@ -257,10 +257,18 @@ class DaemonClient(Closing):
         """Return the owners of many sockets or processes, in the order of `keys`; None: not known.
 
         A key is {"cookie": int}, {"netns", "proto", "address", "port"} (local end), or
-        {"tgid", "start_ns"}; at most 1000.
+        {"tgid", "start_ns"}; at most 1000. What has no room in one answer is asked for again. An
+        owner with more holders than an answer has room for has the last seen, and "holders_cut".
         """
         reply = self.request("lookup", keys=list(keys))
         owners: list[dict[str, Any] | None] = reply["owners"]
+        half = len(keys) // 2
+        if reply["truncated"] and half:
+            return self.lookup(keys[:half]) + self.lookup(keys[half:])
+        if reply["truncated"] and owners:
+            if owners[0] is None:
+                raise Error("the daemon's answer has no room for one owner; ask with op owner")
+            owners[0]["holders_cut"] = True
         return owners
 
     def usage(
