@@ -16,7 +16,7 @@ from daemon.history.details import Group, Place, add_all, place, sums
 from daemon.history.memory import FlowMemory, Question
 from daemon.history.schema import ROW_SIZE
 from daemon.history.sealing import LEAST, MOST
-from daemon.history.sightings import Sighting, known_since, listeners, seen_first, shorten
+from daemon.history.sightings import After, Sighting, known_since, listeners, seen_first, shorten
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
@@ -162,10 +162,16 @@ class Recorder:
         return found, names
 
     def news(
-        self, kind: str, since_ns: int, unseen_ns: int, uid: int | None, limit: int
-    ) -> list[dict[str, Any]]:
+        self,
+        kind: str,
+        since_ns: int,
+        unseen_ns: int,
+        uid: int | None,
+        limit: int,
+        after: After | None = None,
+    ) -> tuple[list[dict[str, Any]], list[After]]:
         """Return what was first seen since then (daemon.history.sightings). Raises Error."""
-        return seen_first(self._sighted(), kind, since_ns, unseen_ns, uid, limit)
+        return seen_first(self._sighted(), kind, since_ns, unseen_ns, uid, limit, after)
 
     def known_since(self) -> float:
         """Unix time since which news() knows what was seen. Raises Error."""

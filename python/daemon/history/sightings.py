@@ -25,6 +25,7 @@ from nlproto.tables.port_owner import PortOwner
 
 __all__ = [
     "KINDS",
+    "After",
     "Sighting",
     "Sightings",
     "known_since",
@@ -44,6 +45,9 @@ _NEVER = -1
 Sighting = tuple[str, str, int, int, int, int, int, str]
 """kind, name, uid, first and last seen (ns since 1970), pid, its start_ns, details."""
 
+After = tuple[int, str, int]
+"""The place of a finding: first seen (ns since 1970), name, uid."""
+
 _NOTE = f"""
 INSERT INTO sightings (kind, name, uid, first, last, tgid, start_ns, about, before)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, {_NEVER})
@@ -55,12 +59,12 @@ ON CONFLICT (kind, name, uid) DO UPDATE SET
 _SEEN_FIRST = f"""
 SELECT kind, name, uid, first, last, tgid, start_ns, about, before FROM sightings AS one
 WHERE kind = ? AND first >= ? AND (before = {_NEVER} OR first - before >= ?)
-    AND (? IS NULL OR uid = ?)
+    AND (? IS NULL OR uid = ?) AND (first, name, uid) > (?, ?, ?)
     AND (? IS NOT NULL OR NOT EXISTS (
         SELECT 1 FROM sightings AS other WHERE other.kind = one.kind AND other.name = one.name
         AND other.uid <> one.uid AND (other.first < one.first AND other.last > one.first - ?
         OR other.first = one.first AND other.uid < one.uid)))
-ORDER BY first LIMIT ?
+ORDER BY first, name, uid LIMIT ?
 """
 _MOST_OF = "SELECT uid, count(*) FROM sightings GROUP BY uid ORDER BY 2 DESC LIMIT 1"
 _DELETE = """
@@ -146,19 +150,27 @@ def _ephemeral() -> tuple[int, int]:
 
 
 def seen_first(
-    store: Sightings, kind: str, since_ns: int, unseen_ns: int, uid: int | None, limit: int
-) -> list[dict[str, Any]]:
-    """Return what was seen since then, and not for `unseen_ns` before, oldest first.
+    store: Sightings,
+    kind: str,
+    since_ns: int,
+    unseen_ns: int,
+    uid: int | None,
+    limit: int,
+    after: After | None = None,
+) -> tuple[list[dict[str, Any]], list[After]]:
+    """Return what was seen since then, and not for `unseen_ns` before, oldest first; their places.
 
-    `uid`: seen of this user, regardless of others; None: of anybody. Raises Error.
+    `uid`: seen of this user, regardless of others; None: of anybody. `after`: go on behind this
+    place. Raises Error.
     """
-    values = (kind, since_ns, unseen_ns, uid, uid, uid, unseen_ns, limit)
+    place = (-1, "", 0) if after is None else after
+    values = (kind, since_ns, unseen_ns, uid, uid, *place, uid, unseen_ns, limit)
     try:
         with store.snapshot() as (reader, _):
             rows = reader.execute(_SEEN_FIRST, values).fetchall()
     except sqlite3.Error as error:
         raise Error(f"the history cannot answer: {error}") from None
-    return [
+    things = [
         {
             "kind": found,
             "name": name,
@@ -172,6 +184,7 @@ def seen_first(
         }
         for found, name, owner, first, last, tgid, start_ns, about, before in rows
     ]
+    return things, [(first, name, owner) for _, name, owner, first, *_ in rows]
 
 
 def known_since(store: Sightings) -> float:

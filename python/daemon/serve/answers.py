@@ -263,7 +263,8 @@ class Answers:
             raise UsageError("only a history on disk knows what is new")
         since_ns = max(0, time.time_ns() - int(request.since * 1e9))
         unseen_ns, limit = int(request.unseen * 1e9), request.limit
-        found = self.recorder.news(request.kind, since_ns, unseen_ns, uid, limit + 1)
+        page = limit + 1, request.after
+        found, places = self.recorder.news(request.kind, since_ns, unseen_ns, uid, *page)
         keys = {(one["pid"], one["start_ns"]): None for one in found[:limit]}
         news = room.fill(found[:limit])
         return {
@@ -271,6 +272,7 @@ class Answers:
             "processes": room.fill(self._processes(keys, uid, stop)),
             "since": self.recorder.known_since(),
             "truncated": room.truncated or len(found) > limit,
+            "next": places[len(news) - 1] if 0 < len(news) < len(found) else None,
         }
 
     def _domain(self, number: int, uid: int | None) -> str:

@@ -34,6 +34,8 @@ Proto = Literal["tcp", "udp"]
 AskedHost = Annotated[str, Meta(min_length=1, max_length=64)]
 AskedName = Annotated[str, Meta(min_length=1, max_length=256)]
 Limit = Annotated[int, Meta(ge=1, le=10_000)]
+Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+MAX_THING = 4096
 Seconds = Annotated[float, Meta(ge=0, le=1e10)]
 
 
@@ -92,6 +94,8 @@ class News(_Base, tag="news", frozen=True):
     unseen: Annotated[float, Meta(ge=86_400, le=1e10)] = 30 * 86_400.0
     """Seconds before `since` in which it was not seen."""
     limit: Limit = 1000
+    after: tuple[Nanoseconds, Annotated[str, Meta(max_length=MAX_THING)], U32] | None = None
+    """`next` of an answer: this one goes on there."""
 
 
 class OwnerOf(_Base, tag="owner", frozen=True):

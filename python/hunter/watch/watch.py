@@ -26,10 +26,8 @@ _ONCE_S = 3600.0
 _ASK_S = 5.0  # between two questions
 _OVERLAP_S = 120.0
 """A sighting is stored some seconds after it happened, so each question goes so far back."""
-_AT_ONCE, _MOST = 1000, 10_000
-"""Findings in one answer; so many if more are of one moment."""
-_LATE_S = 5.0
-"""A question's time counts from when the daemon reads it: up to so much later."""
+_AT_ONCE = 10_000
+"""Findings in one answer."""
 _TOLD = 100_000
 """Findings that are remembered, so that none is reported twice."""
 _WARNING = 4
@@ -78,7 +76,7 @@ def _findings(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) 
             with DaemonClient(options.socket) as client:
                 warned = False
                 while not stop:
-                    for answer in _ask(client, options, begin, notify):
+                    for answer in _ask(client, options, begin):
                         if first:
                             first = False
                             _tell_horizon(answer["since"], begin, options.unseen, notify)
@@ -96,27 +94,18 @@ def _findings(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) 
             _wait(stop)
 
 
-def _ask(
-    client: DaemonClient, options: WatchOptions, begin: float, notify: Callable[[str], None]
-) -> Iterator[Entry]:
+def _ask(client: DaemonClient, options: WatchOptions, begin: float) -> Iterator[Entry]:
     for kind in dict.fromkeys(options.kinds) or NEWS:
-        moment, limit = begin, _AT_ONCE
+        after = None
         while True:
-            since = max(0.0, time.time() - moment)
-            answer = client.news(kind, since=since, unseen=options.unseen, limit=limit)
+            since = max(0.0, time.time() - begin)
+            answer = client.news(
+                kind, since=since, unseen=options.unseen, limit=_AT_ONCE, after=after
+            )
             yield answer
-            if not answer["truncated"] or not answer["news"]:
+            after = answer["next"]
+            if after is None:
                 break
-            # the oldest come first: go on a little before the last one
-            last = answer["news"][-1]["first"]
-            if last - _LATE_S > moment:
-                moment, limit = last - _LATE_S, _AT_ONCE
-            elif limit < _MOST:
-                limit = _MOST
-            else:
-                at = datetime.fromtimestamp(last)
-                notify(f"more {kind}s than one answer holds were new at {at:%H:%M:%S}: some miss")
-                moment, limit = max(last, moment + _LATE_S), _AT_ONCE
 
 
 def _new(answer: Entry, told: dict[_Finding, None]) -> Iterator[Entry]:

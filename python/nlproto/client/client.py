@@ -281,14 +281,21 @@ class DaemonClient(Closing):
         return self.request("usage", by=by, since=since, limit=limit)
 
     def news(
-        self, kind: str, *, since: float, unseen: float = 2592000.0, limit: int = 1000
+        self,
+        kind: str,
+        *,
+        since: float,
+        unseen: float = 2592000.0,
+        limit: int = 1000,
+        after: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """Return what was seen in the last `since` seconds, but not for `unseen` seconds before.
 
         `kind`: program, destination or listener. The reply has "news", "processes", "since" (Unix
-        time since which the daemon knows) and "truncated".
+        time since which the daemon knows) and "truncated". Then "next" is `after` of a question
+        that goes on.
         """
-        return self.request("news", kind=kind, since=since, unseen=unseen, limit=limit)
+        return self.request("news", kind=kind, since=since, unseen=unseen, limit=limit, after=after)
 
     def stats(self) -> dict[str, Any]:
         """Return the account, queues, engine and table sizes, as far as this user may see them."""
