@@ -32,6 +32,9 @@ ZONE = {
     "short.example": [("short.example", A, 1, "127.0.53.85")],
 }
 
+FALSE = {"www.example": [("www.example", A, 300, "127.0.53.86")]}
+"""What somebody sends who does not know the questions."""
+
 CLIENT = """
 import socket, sys, time
 from nameserver import ask

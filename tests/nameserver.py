@@ -45,12 +45,20 @@ def answer(asked: bytes, records: Sequence[Record]) -> bytes:
 
 
 class NameServer:
-    """Serves `zone` (name -> records) at `address`; a context manager."""
+    """Serves `zone` (name -> records) at `address`; a context manager.
+
+    `false`: what somebody else would send after the answer, who does not know the question's ID.
+    """
 
     def __init__(
-        self, zone: Mapping[str, Sequence[Record]], address: str = "127.0.0.1", port: int = 53
+        self,
+        zone: Mapping[str, Sequence[Record]],
+        address: str = "127.0.0.1",
+        port: int = 53,
+        false: Mapping[str, Sequence[Record]] | None = None,
     ) -> None:
         self.zone = zone
+        self.false = false or {}
         self.address = address
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._udp = socket.socket(family, socket.SOCK_DGRAM)
@@ -70,13 +78,13 @@ class NameServer:
         self._tcp.close()
         self._udp.close()
 
-    def _answer(self, asked: bytes) -> bytes:
+    def _answer(self, asked: bytes, zone: Mapping[str, Sequence[Record]]) -> bytes:
         name, at = [], 12
         while asked[at]:
             name.append(asked[at + 1 : at + 1 + asked[at]].decode())
             at += 1 + asked[at]
         kind = int.from_bytes(asked[at + 1 : at + 3])
-        records = self.zone.get(".".join(name).lower(), ())
+        records = zone.get(".".join(name).lower(), ())
         return answer(asked, [one for one in records if one[1] in (kind, CNAME)])
 
     def _serve_udp(self) -> None:
@@ -84,7 +92,9 @@ class NameServer:
             while True:
                 asked, peer = self._udp.recvfrom(4096)
                 with suppress(IndexError):  # anything else gets no answer
-                    self._udp.sendto(self._answer(asked), peer)
+                    self._udp.sendto(self._answer(asked, self.zone), peer)
+                    number = (int.from_bytes(asked[:2]) + 1).to_bytes(2)
+                    self._udp.sendto(self._answer(number + asked[2:], self.false), peer)
         except OSError:
             pass
 
@@ -94,7 +104,7 @@ class NameServer:
                 peer, _ = self._tcp.accept()
                 with peer:
                     asked = peer.recv(4096)[2:]
-                    reply = self._answer(asked)
+                    reply = self._answer(asked, self.zone)
                     whole = struct.pack(">H", len(reply)) + reply
                     for part in (whole[:1], whole[1:20], whole[20:]):  # as slow networks do
                         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

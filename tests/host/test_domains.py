@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from asking import SERVER, ZONE, Client, TlsClient, named, stub, tls_server
+from asking import FALSE, SERVER, ZONE, Client, TlsClient, named, stub, tls_server
 from asking import seen as flow_seen
 from daemons import Daemon, StartDaemon
 from nameserver import AAAA, NameServer
@@ -35,7 +35,7 @@ def _listener() -> Iterator[Any]:
 
 @pytest.fixture(name="served", autouse=True, scope="module")
 def _served() -> Iterator[None]:
-    with NameServer(ZONE, SERVER):
+    with NameServer(ZONE, SERVER, false=FALSE):
         yield
 
 
@@ -80,6 +80,11 @@ def test_a_far_end_has_the_name_that_the_process_asked_for(
 
 def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon: Daemon, connect: Any) -> None:
     assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
+
+
+def test_an_answer_without_the_questions_id_gives_no_name(daemon: Daemon, connect: Any) -> None:
+    assert named(daemon.path, connect("www.example", "127.0.53.80"), "www.example")
+    assert seen(daemon, connect("www.example", "127.0.53.86"))["domain"] == ""
 
 
 def test_who_asks_the_systems_resolver_has_the_name_itself(daemon: Daemon, connect: Any) -> None:

@@ -8,7 +8,6 @@ import ssl
 import struct
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,15 +20,10 @@ from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import NumberedNames
 from nlproto.overheard.streams import TcpStreams
 from nlproto.records.ends import flow_keys
-from nlproto.tables.flows import FLOW
+from overhearing import flow, raw
 from waiting import there
 
 SECOND = 1_000_000_000
-
-
-def raw(address: str) -> bytes:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.inet_pton(family, address).ljust(16, b"\0")
 
 
 def test_an_answer_tells_the_name_and_follows_aliases_with_the_least_ttl() -> None:
@@ -122,28 +116,6 @@ def test_streams_are_put_together_and_bounded() -> None:
     for name in "bcd":
         streams.begin(name, 0)
     assert len(streams) == 2 and "b" not in streams
-
-
-def flow(
-    remote: Any,
-    rport: int = 443,
-    tgid: int = 10,
-    since: int = 5 * SECOND,
-    lport: int = 40000,
-    comm: bytes = b"curl",
-    uid: int = 1000,
-    out: int = 1,
-) -> Any:
-    flows = np.zeros(1, FLOW)
-    one = flows[0]
-    one["hash"] = hash((remote, rport, tgid, lport)) & (2**64 - 1)
-    one["tgid"], one["start_ns"], one["netns"], one["uid"], one["comm"] = tgid, 1, 7, uid, comm
-    one["family"], one["proto"] = socket.AF_INET, socket.IPPROTO_UDP if rport == 53 else 6
-    one["laddr"] = np.frombuffer(raw("192.0.2.99"), np.uint64)
-    one["raddr"] = np.frombuffer(raw(remote), np.uint64)
-    one["lport"], one["rport"], one["packets_out"] = lport, rport, out
-    one["first_ns"] = one["last_ns"] = since
-    return flows
 
 
 class Told:

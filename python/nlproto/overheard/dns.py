@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers of DNS servers: the addresses of a name. The bytes come from strangers.
+"""Questions to DNS servers, and answers: the addresses of a name. The bytes come from strangers.
 
 Only records that give addresses are read: A, AAAA and CNAME in class IN. Each name is read once and
 is bounded. A pointer may only lead backwards, so no message makes a loop. Source: RFC 1035, 4.1.
@@ -12,7 +12,15 @@ import socket
 import struct
 from dataclasses import dataclass
 
-__all__ = ["MAX_NAME", "DnsAnswer", "MalformedDns", "parse", "valid_name"]
+__all__ = [
+    "MAX_NAME",
+    "DnsAnswer",
+    "DnsQuestion",
+    "MalformedDns",
+    "parse",
+    "question",
+    "valid_name",
+]
 
 MAX_NAME = 253
 """The most characters of a domain name (RFC 1035, without the last dot)."""
@@ -36,6 +44,16 @@ class MalformedDns(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class DnsQuestion:
+    """The one question in a message; an answer repeats it. `kind` is the type of record."""
+
+    number: int
+    """The transaction ID."""
+    name: bytes
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
 class DnsAnswer:
     """`name` is the name asked for, in lower case; `addresses` are (family, 16 bytes, TTL in s).
 
@@ -51,16 +69,18 @@ def valid_name(name: str) -> bool:
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
-def parse(message: bytes) -> DnsAnswer:
-    """Return what `message` says about the one name that was asked for.
+def question(message: bytes, answer: bool = False) -> DnsQuestion:
+    """Return the question in a message; `answer`: it must be an answer. Raises MalformedDns."""
+    return _question(message, answer)[0]
 
-    A message that ends early (a fragment, a cut capture) gives what it has. Raises Malformed.
-    """
+
+def _question(message: bytes, answer: bool) -> tuple[DnsQuestion, int]:
+    """Return also where it ends."""
     if len(message) < _HEAD.size:
         raise MalformedDns("too short")
-    _, flags, questions, answers, _, _ = _HEAD.unpack_from(message)
-    if not flags & _RESPONSE or flags & (_OPCODE | _RCODE) or questions != 1:
-        raise MalformedDns("no answer to one question")
+    number, flags, questions, _, _, _ = _HEAD.unpack_from(message)
+    if bool(flags & _RESPONSE) != answer or flags & _OPCODE or questions != 1:
+        raise MalformedDns("not one question, or no answer to one")
     try:
         asked, at = _name(message, _HEAD.size)
         kind, its_class = _QUESTION.unpack_from(message, at)
@@ -68,9 +88,21 @@ def parse(message: bytes) -> DnsAnswer:
         raise MalformedDns("ends within the question") from None
     if kind not in (_A, _AAAA, _ANY) or its_class != _IN or not asked:
         raise MalformedDns("no question for an address")
+    return DnsQuestion(number, asked, kind), at + _QUESTION.size
+
+
+def parse(message: bytes) -> DnsAnswer:
+    """Return what an answer says about the one name that was asked for.
+
+    A message that ends early (a fragment, a cut capture) gives what it has. Raises MalformedDns.
+    """
+    to, at = _question(message, answer=True)
+    asked = to.name
+    _, flags, _, answers, _, _ = _HEAD.unpack_from(message)
+    if flags & _RCODE:
+        raise MalformedDns("an error")
     aliases: dict[bytes, tuple[bytes, int]] = {}
     found: list[tuple[bytes, int, bytes, int]] = []
-    at += _QUESTION.size
     try:
         for _ in range(min(answers, _MAX_RECORDS)):
             owner, at = _name(message, at)

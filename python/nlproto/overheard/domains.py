@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Finds the name that a process asked for before it talked to an address.
 
-An answer belongs to the process that asked. That is the owner of the flow to the server, and this
-flow must have sent. A resolver of the system (systemd-resolved, dnsmasq) asks for others. So its
-answers serve all processes of its network namespace that have no answer of their own. If several
-names have the address, the flow gets all of them. If nothing is known of the asker, the answer
-names only the next flow to its address within 5 s.
+An answer belongs to the process that asked. That is the owner of the flow to the server. The
+question was seen on this flow (dns_questions.py). Behind a DNAT of its own namespace a question
+goes elsewhere. There an answer over loopback counts if the socket has sent. A resolver of the
+system (systemd-resolved, dnsmasq) asks for others. So its answers serve all processes of its
+network namespace that have no answer of their own. If several names have the address, the flow gets
+all of them. If nothing is known of the asker, the answer names only the next flow to its address
+within 5 s.
 
 A flow gets a name that was known before the flow began, and whose time to live had not ended. The
 flow keeps it. The name in a ClientHello belongs to its own flow.
@@ -21,10 +23,12 @@ from typing import Protocol
 import numpy as np
 
 from nlproto.overheard.dns import DnsAnswer
+from nlproto.overheard.fair_table import FairTable
 from nlproto.overheard.names import SEPARATOR, NumberedNames
 from nlproto.records.ends import FlowKey, Way, flow_keys
 from nlproto.records.wire import among
 from nlproto.tables.column_table import mix, random_seed
+from nlproto.tables.shares import Payers
 
 __all__ = ["Beginnings", "Domains", "SeenFlows"]
 
@@ -56,9 +60,11 @@ class _Asked:
 class _Asker:
     tgid: int
     start_ns: int
-    uid: int
     netns: int
     is_resolver: bool
+    direct: bool
+    """Its questions go to the very address and port that answer."""
+    payer: int
 
 
 class Beginnings(Protocol):
@@ -97,16 +103,20 @@ class SeenFlows:
 class Domains:
     """One thread feeds and asks it; number_of() is for any thread. `names` keeps the texts."""
 
-    def __init__(self, names: NumberedNames, beginnings: Beginnings | None = None) -> None:
+    def __init__(
+        self,
+        names: NumberedNames,
+        beginnings: Beginnings | None = None,
+        payers: Payers | None = None,
+    ) -> None:
         self.names = names
         self.beginnings: Beginnings = SeenFlows() if beginnings is None else beginnings
-        self.evicted = 0
+        self._payers = Payers() if payers is None else payers
         self._seed = random_seed()
-        self._asked: dict[tuple[int, int, int, bytes], tuple[int, list[_Asked]]] = {}
-        self._by_user: dict[int, OrderedDict[tuple[int, int, int, bytes], None]] = {}
-        self._resolved: OrderedDict[tuple[int, int, bytes], list[_Asked]] = OrderedDict()
-        self._waiting: OrderedDict[Way, list[tuple[DnsAnswer, int]]] = OrderedDict()
-        self._askers: OrderedDict[Way, _Asker] = OrderedDict()
+        self._asked: FairTable[tuple[int, int, int, bytes], list[_Asked]] = FairTable(_LIMIT)
+        self._resolved: FairTable[tuple[int, int, bytes], list[_Asked]] = FairTable(_OF_RESOLVERS)
+        self._waiting: OrderedDict[Way, list[tuple[DnsAnswer, int, bool]]] = OrderedDict()
+        self._askers: FairTable[Way, _Asker] = FairTable(_ASKERS)
         self._sent: OrderedDict[int, None] = OrderedDict()
         self._hellos: OrderedDict[Way, tuple[str, int]] = OrderedDict()
         self._flows: OrderedDict[FlowKey, int] = OrderedDict()
@@ -118,17 +128,17 @@ class Domains:
 
     # # Incoming facts
 
-    def add_answer(self, way: Way, answer: DnsAnswer, time_ns: int) -> None:
-        """The server at the remote end of `way` answered."""
+    def add_answer(self, way: Way, answer: DnsAnswer, time_ns: int, asked: bool = True) -> None:
+        """The server at the remote end of `way` answered; `asked`: a question seen on this way."""
         if not answer.addresses:
             return
         asker = self._askers.get(way)
         if asker is not None:
-            self._keep(asker, answer, time_ns)
+            self._keep(asker, answer, time_ns, asked)
             return
         waiting = self._waiting.setdefault(way, [])
         if len(waiting) < _NAMES:
-            waiting.append((answer, time_ns))
+            waiting.append((answer, time_ns, asked))
         _bound(self._waiting, _WAITING)
 
     def add_hello(self, way: Way, name: str, time_ns: int) -> None:
@@ -136,17 +146,22 @@ class Domains:
         self._hellos[way] = name, time_ns
         _bound(self._hellos, _WAITING)
 
-    def _keep(self, asker: _Asker, answer: DnsAnswer, time_ns: int) -> None:
+    def _keep(self, asker: _Asker, answer: DnsAnswer, time_ns: int, asked: bool) -> None:
+        if asker.direct and not asked:
+            return
         for family, raw, ttl in answer.addresses:
             lasts_ns = ttl * 1_000_000_000 if asker.tgid else 0
             until_ns = time_ns + lasts_ns + _GRACE_NS
             new = _Asked(answer.name, time_ns, until_ns, once=not asker.tgid)
             if asker.is_resolver:
-                found = self._resolved.setdefault((asker.netns, family, raw), [])
-                self._resolved.move_to_end((asker.netns, family, raw))
-                _bound(self._resolved, _OF_RESOLVERS)
+                # whoever asked: one domain's names take no room of others
+                place, zone = (asker.netns, family, raw), ".".join(answer.name.split(".")[-2:])
+                found = self._resolved.get(place) or []
+                self._resolved.put(place, found, zone)
             else:
-                found = self._of_process(asker, family, raw)
+                key = asker.tgid, asker.start_ns, family, raw
+                found = self._asked.get(key) or []
+                self._asked.put(key, found, asker.payer)
             found[:] = [one for one in found if one.name != new.name][: _NAMES - 1]
             found.insert(0, new)
             self._recent.add(int(self._hashes(np.frombuffer(raw, np.uint64).reshape(1, 2))[0]))
@@ -156,26 +171,6 @@ class Domains:
             self._recent.clear()
             if len(self._known) > 2 * (_LIMIT + _OF_RESOLVERS):
                 self._rebuild()
-
-    def _of_process(self, asker: _Asker, family: int, raw: bytes) -> list[_Asked]:
-        key = (asker.tgid, asker.start_ns, family, raw)
-        uid, found = self._asked.setdefault(key, (asker.uid, []))
-        order = self._by_user.setdefault(uid, OrderedDict())
-        order[key] = None
-        order.move_to_end(key)
-        if len(self._asked) > _LIMIT:
-            self._evict()
-        return found
-
-    def _evict(self) -> None:
-        """Remove the oldest entry of the user with most entries."""
-        user, order = max(self._by_user.items(), key=lambda item: len(item[1]))
-        for _ in range(max(1, min(len(order) - 1, _LIMIT // 64))):
-            key, _ = order.popitem(last=False)
-            del self._asked[key]
-            self.evicted += 1
-        if not order:
-            del self._by_user[user]
 
     def _rebuild(self) -> None:
         raws = [key[3] for key in self._asked] + [key[2] for key in self._resolved]
@@ -221,7 +216,8 @@ class Domains:
         if not len(rows):
             return
         some = flows[rows]
-        for key, row in zip(flow_keys(some), some, strict=True):
+        payers = self._payers.of(some["uid"]).tolist()
+        for key, row, payer in zip(flow_keys(some), some, payers, strict=True):
             # behind a DNAT of its own namespace a socket sends to another port
             if not row["packets_out"] and int(row["cookie"]) not in self._sent:
                 continue
@@ -229,11 +225,12 @@ class Domains:
             uid = int(row["uid"])
             # the engine was too late for this asker: treat it like a resolver for a moment
             is_resolver = not tgid or uid < _SYSTEM_UIDS and bytes(row["comm"]) in _RESOLVERS
-            asker = self._askers[way] = _Asker(tgid, start_ns, uid, way[0], is_resolver)
-            self._askers.move_to_end(way)
-            for answer, time_ns in self._waiting.pop(way, ()):
-                self._keep(asker, answer, time_ns)
-        _bound(self._askers, _ASKERS)
+            before = self._askers.get(way)
+            direct = bool(row["packets_out"]) or (before is not None and before.direct)
+            asker = _Asker(tgid, start_ns, way[0], is_resolver, direct, payer)
+            self._askers.put(way, asker, payer)
+            for waited in self._waiting.pop(way, ()):
+                self._keep(asker, *waited)
 
     def _name(self, key: FlowKey, since_ns: int) -> int:
         """Return the number of the name of a flow that began at `since_ns`."""
@@ -252,11 +249,11 @@ class Domains:
 
     def _by_answers(self, key: FlowKey, since_ns: int) -> int:
         tgid, start_ns, way = key
-        _, own = self._asked.get((tgid, start_ns, way[2], way[5]), (0, ()))
+        own = self._asked.get((tgid, start_ns, way[2], way[5])) or ()
         for one in own:  # the latest first
             if one.asked_ns <= since_ns <= one.until_ns:
                 return self.names.number(one.name)
-        resolved = self._resolved.get((way[0], way[2], way[5]), [])
+        resolved = self._resolved.get((way[0], way[2], way[5])) or []
         fitting = [one for one in resolved if one.asked_ns <= since_ns <= one.until_ns]
         resolved[:] = [one for one in resolved if not (one.once and one in fitting)]
         candidates = [one.name for one in fitting]
@@ -273,7 +270,7 @@ class Domains:
 
     def counts(self) -> Counter[str]:
         """Return sizes, for stats."""
-        return Counter(addresses=len(self), flows=len(self._flows), evicted=self.evicted)
+        return Counter(addresses=len(self), flows=len(self._flows), evicted=self._asked.evicted)
 
 
 def _bound(table: OrderedDict, limit: int) -> None:  # type: ignore[type-arg]

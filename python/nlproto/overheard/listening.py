@@ -7,9 +7,11 @@ for is known before the flow that used it is delivered.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,7 @@ from nlproto.errors import Error
 from nlproto.host import netns
 from nlproto.kernel import conntrack
 from nlproto.overheard import dns, hello
+from nlproto.overheard.dns_questions import DnsQuestions
 from nlproto.overheard.domains import Beginnings, Domains
 from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import NumberedNames
@@ -28,7 +31,7 @@ from nlproto.overheard.streams import TcpStreams
 from nlproto.overheard.tap import Tap, TappedPacket
 from nlproto.overheard.translations import LIMIT, Translations
 from nlproto.records.ends import Way
-from nlproto.running.budget import Budget
+from nlproto.running.budget import Budget, UserBudgets
 from nlproto.running.supervise import Failures
 
 __all__ = ["Overheard"]
@@ -46,10 +49,13 @@ In ns; as a multiple of a check's duration; the same if another connection may h
 _EVENTS_AT_ONCE = 1024
 _AT_ONCE = 128  # packets of one ring, before the next ring's turn
 _SHARE, _EVENTS_SHARE, _SAVED_NS = 32, 16, 500_000_000
-"""Part of one processor's time, and how much may be saved up for a burst."""
+"""Part of one processor's time, and how much may be saved up for a burst.
+
+Users' namespaces together have as much again, and one user at most half of that."""
 _UDP, _TCP = int(socket.IPPROTO_UDP), int(socket.IPPROTO_TCP)
 _SYN, _ACK, _RST = 2, 16, 4
 _PREFIX = 2  # bytes before a message over TCP (RFC 1035, 4.2.2)
+_OPENED = 4096  # the most TCP connections to servers that are not established yet
 
 
 class _Place:
@@ -121,6 +127,11 @@ class Overheard:
         self.translations = Translations(self._owner_of)
         self.ends = LiveEnds(self.domains, self.translations)
         self.malformed = 0
+        self.unasked = 0
+        """Answers to a question that no socket of this machine was seen to ask."""
+        self._questions = DnsQuestions()
+        self._opened: OrderedDict[Way, int] = OrderedDict()
+        """What a server that accepts has to acknowledge."""
         self._places: dict[int, _Place] = {}
         self._told = ""
         self._looked_ns = time.monotonic_ns()
@@ -134,6 +145,7 @@ class Overheard:
         self._answers: TcpStreams = TcpStreams(256, _PREFIX + 65535)
         self._hellos: TcpStreams = TcpStreams(256, hello.MAX_HELLO + 4096)
         self._budget = Budget(_SHARE, _SAVED_NS, time.monotonic_ns, time.thread_time_ns)
+        self._users_budget = UserBudgets(2 * _SHARE, _SHARE, _SAVED_NS, time.monotonic_ns)
         self._events_budget = Budget(
             _EVENTS_SHARE, _SAVED_NS, time.monotonic_ns, time.thread_time_ns
         )
@@ -262,18 +274,25 @@ class Overheard:
             with self._events_budget.spend():
                 for number in self._events.keys() & ready:
                     self._attempt(self._read_events, *self._events[number])
-        if not self._budget.allows():
-            return
-        with self._budget.spend():
-            for number in ready:
-                if number not in self._taps:
-                    continue
-                place, tap = self._taps[number]
-                for packet in tap.read(_AT_ONCE):
-                    try:
-                        self._heard(place.inode, packet)
-                    except Exception as error:  # one packet must not cost others their names
-                        self._failures.add(error)
+        may_read = self._budget.allows()
+        for number in ready:
+            if number not in self._taps:
+                continue
+            place, tap = self._taps[number]
+            owner = self._owner_of(place.inode)
+            if owner == 0 and may_read:
+                with self._budget.spend():
+                    self._read_tap(place, tap)
+            elif owner and self._users_budget.allows(owner):
+                with self._users_budget.spend(owner):
+                    self._read_tap(place, tap)
+
+    def _read_tap(self, place: _Place, tap: Tap) -> None:
+        for packet in tap.read(_AT_ONCE):
+            try:
+                self._heard(place.inode, packet)
+            except Exception as error:  # one packet must not cost others their names
+                self._failures.add(error)
 
     def _heard_all(self, place: _Place, moment_ns: int) -> None:
         place.heard_ns = moment_ns
@@ -314,25 +333,54 @@ class Overheard:
 
     def _heard(self, inode: int, packet: TappedPacket) -> None:
         near, far = (packet.target, packet.dport), (packet.source, packet.sport)
-        if packet.sport != 53:
-            way: Way = (inode, packet.proto, packet.family, *far, *near)
+        if packet.outgoing:
+            near, far = far, near
+        way: Way = (inode, packet.proto, packet.family, *near, *far)
+        if packet.outgoing and packet.dport != 53:
             self._hello(way, packet)
-            return
-        way = (inode, packet.proto, packet.family, *near, *far)
-        if packet.proto == _UDP:
-            self._answer(way, packet.payload, packet.time_ns)
+        elif packet.outgoing:
+            self._asks(way, packet)
+        elif packet.proto == _UDP:
+            self._answer(way, packet.payload, packet)
         else:
             self._stream(way, packet)
 
-    def _answer(self, way: Way, message: bytes, time_ns: int) -> None:
+    def _asks(self, way: Way, packet: TappedPacket) -> None:
+        """A client sends its question over TCP in one piece, as a rule with its length."""
+        payload = packet.payload
+        if packet.proto == _TCP and packet.flags & _SYN:
+            self._answers.end(way)
+            self._opened[way] = (packet.seq + 1) % (1 << 32)
+            self._opened.move_to_end(way)
+            if len(self._opened) > _OPENED:
+                self._opened.popitem(last=False)
+        messages = [payload]
+        if packet.proto == _TCP:
+            while _PREFIX < len(payload):
+                end = _PREFIX + int.from_bytes(payload[:_PREFIX])
+                messages.append(payload[_PREFIX:end])
+                payload = payload[end:]
+        for message in messages:
+            with contextlib.suppress(dns.MalformedDns):
+                self._questions.note(way, dns.question(message), packet.time_ns)
+
+    def _answer(self, way: Way, message: bytes, packet: TappedPacket) -> None:
+        """Behind NAT of its own namespace, as with Docker, a question goes to another port."""
         try:
-            self.domains.add_answer(way, dns.parse(message), time_ns)
+            question = dns.question(message, answer=True)
+            asked = self._questions.take(way, question, packet.time_ns)
+            if asked or _only_here(packet):
+                self.domains.add_answer(way, dns.parse(message), packet.time_ns, asked)
+            else:
+                self.unasked += 1
         except dns.MalformedDns:
             self.malformed += 1
 
     def _stream(self, way: Way, packet: TappedPacket) -> None:
         if packet.flags & _SYN:
-            self._answers.begin(way, packet.seq + 1)
+            acked = self._opened.pop(way, packet.ack if _only_here(packet) else None)
+            if acked == packet.ack:
+                self._answers.begin(way, packet.seq + 1)
         elif packet.flags & _RST:
             self._answers.end(way)
         elif packet.payload:
@@ -343,7 +391,7 @@ class Overheard:
                     break
                 message = bytes(data[_PREFIX : _PREFIX + size])
                 del data[: _PREFIX + size]
-                self._answer(way, message, packet.time_ns)
+                self._answer(way, message, packet)
 
     def _hello(self, way: Way, packet: TappedPacket) -> None:
         if way not in self._hellos:
@@ -366,7 +414,14 @@ class Overheard:
             **self.domains.counts(),
             "names": len(self.names),
             "malformed": self.malformed,
+            "unasked": self.unasked,
             "dropped": dropped,
             "namespaces": len(self._places),
             "nat": {"on": self._nat, "cut": self.translations.cut, **self.translations.counts()},
         }
+
+
+def _only_here(packet: TappedPacket) -> bool:
+    """Return whether no network can have sent the packet."""
+    v4 = packet.family == socket.AF_INET
+    return packet.loopback and v4 and packet.source[0] == packet.target[0] == 127

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole packets of one port in one network namespace: DNS answers, or data that TLS clients send.
+"""Whole packets of one port in one network namespace: DNS, or data that TLS clients send.
 
 It has a ring of its own, because engines keep no payload. The kernel drops other packets before it
 copies anything. Sources: man 7 packet, Documentation/networking/packet_mmap.rst.
@@ -22,7 +22,7 @@ from nlproto.records.clock import Clock
 __all__ = ["TappedPacket", "Tap"]
 
 SOL_PACKET = 263
-PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, PACKET_IGNORE_OUTGOING = 5, 6, 10, 23
+PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION = 5, 6, 10
 TPACKET_V2 = 1
 _OTHERHOST, _OUTGOING = 3, 4
 _IP, _IPV6 = 0x0800, 0x86DD
@@ -30,6 +30,10 @@ _FRAME = 1 << 12
 _BLOCK = 1 << 16
 _HEAD = struct.Struct("=IIIHHII")
 """struct tpacket2_hdr: status, len, snaplen, mac, net, sec, nsec."""
+_FROM = struct.Struct("=HHiHB")
+"""struct sockaddr_ll, behind the head: family, protocol, interface, its kind, way."""
+_FROM_AT = 32
+_LOOPBACK = 772  # ARPHRD_LOOPBACK
 _STATUS = struct.Struct("=I")
 _USER = 1  # TP_STATUS_USER
 _TCP, _UDP = int(socket.IPPROTO_TCP), int(socket.IPPROTO_UDP)
@@ -43,11 +47,10 @@ _MOST = 17 << 10  # bytes of a packet: longer than a ClientHello, shorter than u
 
 
 def _dns() -> list[tuple[int, int, int, int]]:
-    """Takes packets from port 53."""
+    """Takes packets that come in from port 53, or go out to it."""
     return assemble(
         [
             (_LD, 0, 0, AD + 4),
-            (_JEQ, "drop", 0, _OUTGOING),
             (_JEQ, "drop", 0, _OTHERHOST),
             (_LD, 0, 0, AD + 44),  # tagged frames come again on their VLAN device
             (_JSET, "drop", 0, 0x0FFF),
@@ -58,7 +61,12 @@ def _dns() -> list[tuple[int, int, int, int]]:
             (_JEQ, "ports6", 0, _UDP),
             (_JEQ, 0, "drop", _TCP),
             "ports6",
+            (_LD, 0, 0, AD + 4),
+            (_JEQ, "out6", 0, _OUTGOING),
             (_LDH, 0, 0, 40),
+            (_JEQ, "take", "drop", 53),
+            "out6",
+            (_LDH, 0, 0, 42),
             (_JEQ, "take", "drop", 53),
             "v4",
             (_LDH, 0, 0, 6),
@@ -68,7 +76,12 @@ def _dns() -> list[tuple[int, int, int, int]]:
             (_JEQ, 0, "drop", _TCP),
             "ports4",
             (_LDX_IHL, 0, 0, 0),
+            (_LD, 0, 0, AD + 4),
+            (_JEQ, "out4", 0, _OUTGOING),
             (_LDH_X, 0, 0, 0),
+            (_JEQ, "take", "drop", 53),
+            "out4",
+            (_LDH_X, 0, 0, 2),
             (_JEQ, "take", "drop", 53),
         ],
         _FRAME,
@@ -131,16 +144,20 @@ class TappedPacket:
     dport: int
     seq: int
     """Sequence number of TCP; 0 for UDP."""
+    ack: int
     flags: int
     payload: bytes
     length: int
-    """Bytes of payload in the packet; `data` may have fewer, cut by the capture or a fragment."""
+    """Bytes of payload in the packet; `payload` may be cut by the capture or a fragment."""
+    outgoing: bool = False
+    loopback: bool = False
+    """It passed a loopback device, so no network sent it."""
 
 
 class Tap:
     """A ring in the network namespace in which it is created.
 
-    `tls`: outgoing ClientHellos, otherwise incoming DNS answers. Raises NoPrivilege without
+    `tls`: outgoing ClientHellos, otherwise DNS questions and answers. Raises NoPrivilege without
     CAP_NET_RAW.
     """
 
@@ -155,9 +172,6 @@ class Tap:
         try:
             self._socket.setblocking(False)
             attach(self._socket, _tls() if tls else _dns())
-            if not tls:
-                # without it outgoing packets are not delivered
-                self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
             self._socket.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
             blocks = max(1, ring_bytes // _BLOCK)
             self._count = blocks * _BLOCK // _FRAME
@@ -193,10 +207,11 @@ class Tap:
             if not status & _USER:
                 break
             data = self._map[at + net : at + net + size]
+            *_, kind, way = _FROM.unpack_from(self._map, at + _FROM_AT)
             _STATUS.pack_into(self._map, at, 0)
             self._next = (self._next + 1) % self._count
             time_ns = sec * 1_000_000_000 + nsec - clock.real_offset_ns
-            packet = _packet(time_ns, data, length)
+            packet = _packet(time_ns, data, length, way == _OUTGOING, kind == _LOOPBACK)
             if packet is not None:
                 yield packet
 
@@ -207,7 +222,9 @@ class Tap:
         return self.dropped
 
 
-def _packet(time_ns: int, data: bytes, length: int) -> TappedPacket | None:
+def _packet(
+    time_ns: int, data: bytes, length: int, outgoing: bool, loopback: bool
+) -> TappedPacket | None:
     """`length`: of the whole packet, if `data` is cut."""
     try:
         if data[0] >> 4 == 4:
@@ -218,9 +235,9 @@ def _packet(time_ns: int, data: bytes, length: int) -> TappedPacket | None:
             family, source, target = socket.AF_INET6, data[8:24], data[24:40]
         total = total if total > 40 or proto == _UDP else length
         sport, dport = struct.unpack_from(">HH", data, at)
-        seq = flags = 0
+        seq = ack = flags = 0
         if proto == _TCP:
-            (seq,) = struct.unpack_from(">I", data, at + 4)
+            seq, ack = struct.unpack_from(">II", data, at + 4)
             flags, begins = data[at + 13], at + (data[at + 12] >> 4) * 4
         else:
             begins = at + 8
@@ -236,7 +253,10 @@ def _packet(time_ns: int, data: bytes, length: int) -> TappedPacket | None:
         target.ljust(16, b"\0"),
         dport,
         seq,
+        ack,
         flags,
         payload,
         max(len(payload), total - begins),
+        outgoing,
+        loopback,
     )
