@@ -50,7 +50,6 @@ FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
 log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
-logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
 
 
 def words(error: BaseException) -> str:

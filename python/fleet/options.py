@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from nlproto.errors import UsageError
 from nlproto.running.program import ended, teller
+from nlproto.running.standard import OneLine
 
 __all__ = ["FleetServer", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
 
@@ -92,7 +93,9 @@ def exit_code(program: str, run: Callable[[], None]) -> int:
     tell = teller(program)
 
     def begin() -> int:
-        logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLine(f"{program}: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         try:
             run()
         except ModuleNotFoundError as error:

@@ -138,3 +138,25 @@ def test_the_base_installation_grows_by_nothing() -> None:
     control = (root / "debian" / "control").read_text()
     control = control.partition("Package: packet-hunter-fleet\n")[0]
     assert not re.search("nats|duckdb|python3-nacl", control)
+
+
+_SAYS = """
+import logging, sys
+from fleet.options import exit_code
+from nlproto.errors import Error
+
+def run():
+    logging.warning("%s: %s", sys.argv[1], "refused")
+    raise Error(sys.argv[1])
+
+sys.exit(exit_code("packet-hunter-collect", run))
+"""
+
+
+def test_what_a_server_says_reaches_no_terminal_and_begins_no_line() -> None:
+    hostile = "no\x1b[2J\npacket-hunter-collect: all is well\u202e\udc9b"
+    run = [sys.executable, "-c", _SAYS, hostile]
+    ended = subprocess.run(run, capture_output=True, text=True)
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 2 and all(one.isprintable() for one in lines)
+    assert all(one.startswith("packet-hunter-collect: no\\x1b[2J\\x0a") for one in lines)

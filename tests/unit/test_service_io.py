@@ -99,9 +99,21 @@ def test_control_characters_do_not_reach_a_terminal(
     root_logger: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_up("stderr", "info", {}, True)
-    logging.getLogger("x").info("name %s", "\x1b[31mred\x07")
-    written = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d packet-hunterd: name \\x1b\[31mred\\x07\n"
+    logging.getLogger("x").info("name %s", "\x1b[31mred\x07\n2026")
+    written = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d packet-hunterd: name \\x1b\[31mred\\x07\\x0a2026\n"
     assert re.fullmatch(written, capsys.readouterr().err)
+
+
+def test_no_line_of_a_traceback_passes_for_a_message(
+    root_logger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up("stderr", "info", {}, True)
+    try:
+        raise ValueError("x\n2026-01-01 00:00:00 packet-hunterd: \x1b[31mending")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+    _, *others = capsys.readouterr().err.splitlines()
+    assert len(others) > 3 and all(one.startswith("    ") and one.isprintable() for one in others)
 
 
 def test_syslog_when_asked(root_logger: Any, manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import struct
 import sys
 from collections.abc import Mapping
 
+from nlproto.running.standard import OneLine
+
 __all__ = ["JOURNAL", "JournalHandler", "set_up"]
 
 JOURNAL = "/run/systemd/journal/socket"
@@ -60,14 +62,6 @@ def _field(name: str, value: str) -> bytes:
     return name.encode() + b"\n" + struct.pack("<Q", len(raw)) + raw + b"\n"
 
 
-class _Plain(logging.Formatter):
-    """Return one line, whatever the message contains; control characters as \\xNN."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def set_up(where: str, level: str, environment: Mapping[str, str], foreground: bool) -> None:
     """Send the root logger's records to `where`: auto, journal, syslog or stderr.
 
@@ -98,7 +92,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
     form = "packet-hunterd: %(message)s" if stream else "%(message)s"
     if stream and not _stderr_is_journal(environment):
         form = f"%(asctime)s {form}"
-    handler.setFormatter(_Plain(form, "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(OneLine(form, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     for old in tuple(root.handlers):
         root.removeHandler(old)

@@ -13,7 +13,7 @@ from typing import IO, Any, NoReturn
 
 from nlproto.errors import Error, UsageError
 from nlproto.running import interrupt
-from nlproto.running.standard import open_standard
+from nlproto.running.standard import one_line, open_standard
 from nlproto.running.surroundings import missing
 
 __all__ = ["Parser", "ended", "teller"]
@@ -99,7 +99,7 @@ def teller(program: str) -> Callable[[str], None]:
 
     def tell(line: str) -> None:
         try:
-            print(f"{program}: {line}", file=sys.stderr, flush=True)
+            print(f"{program}: {one_line(line)}", file=sys.stderr, flush=True)
         except OSError:
             _forget(2)
 
