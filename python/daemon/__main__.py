@@ -14,7 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 if __name__ == "__main__":
     from nlproto.running import interrupt
 
-    interrupt.ends_quietly()
+    interrupt.begins("packet-hunterd")
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402

@@ -14,7 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 if __name__ == "__main__":
     from nlproto.running import interrupt
 
-    interrupt.ends_quietly()
+    interrupt.begins("packet-hunter")
 
 import logging  # noqa: E402
 from collections.abc import Sequence  # noqa: E402

@@ -111,9 +111,24 @@ def test_that_no_thread_can_be_started_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "packet-hunterd: can't start new thread:"
-        " raise the limit of tasks (TasksMax=, ulimit -u), or end some"
+        " raise the limit of tasks or memory (ulimit -u, -v, TasksMax=)"
     )
     assert "Traceback" not in done.stderr
+
+
+@programs
+def test_too_little_memory_is_one_line(module: Any) -> None:
+    """What libraries need at most: at 150 MB each says its version."""
+    said = set()
+    for megabytes in (20, 40, 60, 80, 100, 150):
+        limit = (megabytes * 1_000_000,) * 2
+        limited = lambda limit=limit: resource.setrlimit(resource.RLIMIT_AS, limit)  # noqa: E731
+        done = run(module, "-V", stdout=subprocess.DEVNULL, preexec_fn=limited)
+        lines = done.stderr.splitlines()
+        assert (done.returncode, len(lines)) in ((0, 0), (1, 1)), done.stderr
+        said.update(lines)
+    lacks = f"{PROGRAMS[module]}: not enough memory: raise the limit (ulimit -v, MemoryMax=)"
+    assert lacks in said and all(one == lacks or "OpenBLAS" in one for one in said)
 
 
 def test_the_daemon_ends_though_a_thread_of_it_hangs() -> None:

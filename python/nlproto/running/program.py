@@ -132,7 +132,7 @@ def ended(run: Callable[[], int], tell: Callable[[str], None], prints: bool = Fa
     except RuntimeError as error:
         if "start new thread" not in str(error):
             raise
-        tell(f"{error}: raise the limit of tasks (TasksMax=, ulimit -u), or end some")
+        tell(f"{error}: raise the limit of tasks or memory (ulimit -u, -v, TasksMax=)")
         return 1
     except OSError as error:
         if known := _failed(error):
