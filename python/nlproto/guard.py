@@ -17,7 +17,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder, all_suffixes
 
-__all__ = ["at_start", "leave_current_directory", "others_can_write", "started_module"]
+__all__ = [
+    "at_start",
+    "leave_current_directory",
+    "leave_no_cut_modules",
+    "others_can_write",
+    "started_module",
+]
 
 _PROGRAMS = {
     "daemon": "packet-hunterd",
@@ -38,6 +44,18 @@ def at_start() -> None:
         program = _PROGRAMS.get(name) or _PROGRAMS.get(name.partition(".")[0])
         if program is not None:
             _refuse_unsafe_path(program)
+            leave_no_cut_modules()
+
+
+def leave_no_cut_modules() -> None:
+    """Write no modules to Python's cache where files may not grow (ulimit -f).
+
+    Python does not check these writes. A cut module would end each later run.
+    """
+    import resource  # not before the check: it may be anybody's
+
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        sys.dont_write_bytecode = True
 
 
 def leave_current_directory(program: str, current: str) -> None:

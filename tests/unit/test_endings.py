@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,26 @@ def test_too_little_memory_is_one_line(module: Any) -> None:
         said.update(lines)
     lacks = f"{PROGRAMS[module]}: not enough memory: raise the limit (ulimit -v, MemoryMax=)"
     assert lacks in said and all(one == lacks or "OpenBLAS" in one for one in said)
+
+
+def test_a_limit_of_files_leaves_no_cut_modules(tmp_path: Path) -> None:
+    """Python checks no write of its cache. A cut file there ended each later run."""
+    cache = tmp_path / "cache"
+
+    def says(**more: Any) -> subprocess.CompletedProcess[str]:
+        flags = ("-X", f"pycache_prefix={cache}")
+        return run("daemon", "-V", flags=flags, stdout=subprocess.PIPE, **more)
+
+    limit = (1024, 1024)
+    done = says(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert done.returncode == 0
+    assert not list(cache.rglob("daemon/**/*.pyc"))
+    shutil.rmtree(cache)
+    assert says().returncode == 0
+    (cut,) = cache.rglob("daemon/service.*.pyc")
+    cut.write_bytes(cut.read_bytes()[:1024])
+    done = says()
+    assert (done.returncode, done.stderr) == (1, f"packet-hunterd: {cut} is cut: remove it\n")
 
 
 def test_the_daemon_ends_though_a_thread_of_it_hangs() -> None:

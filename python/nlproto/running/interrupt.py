@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What ends a program before it has begun, or after it has ended: Ctrl-C, and too little memory."""
+"""What ends a program before it has begun, or after it has ended.
+
+Ctrl-C, too little memory, or a damaged file of Python's cache.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import signal
 import sys
 from types import TracebackType
 
+from nlproto.guard import leave_no_cut_modules
+
 __all__ = ["begins", "ends_quietly", "raises"]
 
 _UNMAPPED = ("failed to map segment", "cannot allocate memory")
@@ -15,17 +20,33 @@ _UNMAPPED = ("failed to map segment", "cannot allocate memory")
 
 
 def begins(program: str) -> None:
-    """Until raises() Ctrl-C ends `program` silently. If it lacks memory, one line says so."""
+    """Until raises() Ctrl-C ends `program` silently. A failed import is one line if it can be."""
     ends_quietly()
+    leave_no_cut_modules()
 
     def tell(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-        if not _lacks_memory(error):
-            sys.__excepthook__(kind, error, at)
-        elif sys.stderr is not None:
+        if _lacks_memory(error):
             line = "not enough memory: raise the limit (ulimit -v, MemoryMax=)"
+        elif damaged := _damaged(error, at):
+            line = f"{damaged} is cut: remove it"
+        else:
+            sys.__excepthook__(kind, error, at)
+            return
+        if sys.stderr is not None:
             print(f"{program}: {line}", file=sys.stderr)
 
     sys.excepthook = tell
+
+
+def _damaged(error: BaseException, at: TracebackType | None) -> str:
+    """Return the file of Python's cache that could not be read, if that was the error."""
+    if "marshal data" not in str(error):
+        return ""
+    found = ""
+    while at is not None:
+        found = str(at.tb_frame.f_locals.get("bytecode_path") or found)
+        at = at.tb_next
+    return found
 
 
 def _lacks_memory(error: BaseException) -> bool:
