@@ -181,6 +181,8 @@ def test_what_is_refused_is_counted_and_not_sent_again(stub: Any, code: int) -> 
         (b'{"partialSuccess":{"rejectedLogRecords":-7}}', 0),
         (b'{"partialSuccess":{"rejectedLogRecords":999999}}', 2),
         (b'{"partialSuccess":[]}', 0),
+        (b'{"partialSuccess":{"rejectedLogRecords":1e999}}', 0),
+        (b'{"partialSuccess":{"rejectedLogRecords":NaN}}', 0),
         (b"[" * 50000, 0),
         (b"\xff<html>", 0),
         (b"", 0),

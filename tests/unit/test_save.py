@@ -151,6 +151,15 @@ def test_link_loops_and_missing_directories_are_plain_errors(tmp_path: Path) -> 
         write("")
 
 
+@pytest.mark.parametrize("name", [".", "./.", "{0}/.", "{0}/here", "{0}/root"])
+def test_a_path_that_ends_with_a_dot_is_a_directory(tmp_path: Path, name: str) -> None:
+    """Or a link that leads to one."""
+    (tmp_path / "here").symlink_to(".")
+    (tmp_path / "root").symlink_to("/")
+    with pytest.raises(Error, match="Is a directory; name a file in it"):
+        CaptureFile(name.format(tmp_path))
+
+
 @pytest.mark.parametrize("rows", [False, True])
 def test_a_full_disk_keeps_what_fits_whole(tmp_path: Path, rows: bool) -> None:
     """/dev/full is no regular file, so the limit on file sizes stands in for a full disk."""

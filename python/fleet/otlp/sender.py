@@ -95,7 +95,7 @@ def _rejected(answer: bytes) -> int:
     try:
         told = json.loads(answer or b"{}")
         return int(told.get("partialSuccess", {}).get("rejectedLogRecords", 0))
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return 0
 
 

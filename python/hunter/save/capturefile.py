@@ -205,7 +205,7 @@ def _walk(path: str, environ: Mapping[str, str]) -> tuple[int, str, bool]:
     folder = os.open("/" if path.startswith("/") else ".", os.O_PATH | os.O_DIRECTORY)
     links = 0
     try:
-        while True:
+        while steps:
             step = steps.pop()
             if step in ("", "."):
                 continue
@@ -239,6 +239,7 @@ def _walk(path: str, environ: Mapping[str, str]) -> tuple[int, str, bool]:
             inner = os.open(step, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = inner
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))  # it ends with "."
     except BaseException:
         os.close(folder)
         raise
