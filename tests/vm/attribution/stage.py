@@ -110,10 +110,14 @@ class Child:
         self.wire.tell(message)
 
     def hear(self) -> Any:
+        """Wait for its next message. Unable, with its own words, when it was."""
         try:
-            return self.wire.hear()
+            message = self.wire.hear()
         except EOFError:
             raise RuntimeError(f"worker {self.role} ended too early") from None
+        if isinstance(message, dict) and "unable" in message:
+            raise Unable(message["unable"])
+        return message
 
     def join(self) -> int:
         """Wait for its end; returns the exit status."""
@@ -282,6 +286,8 @@ class Stage:
                 enter_netns(netns.path)
             work(Worker(role, self.writer), wire, *arguments)
             status = 0
+        except Unable as error:
+            wire.tell({"unable": str(error)})
         except BaseException:  # noqa: B036 - a forked worker must never return into the stage
             traceback.print_exc()
         finally:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .stage import Child, Stage, Wire
+from .stage import Child, Stage, Unable, Wire, run
 from .truth import Worker, now
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -156,6 +156,12 @@ def playing(stage: Stage) -> Iterator[Stage]:
     stage.attach()
     yield stage
     stage.join()
+
+
+def kill_connection(port: int) -> None:
+    """Have `ss -K` end the connection of a local port. Unable when this kernel has no such call."""
+    if str(port) not in run("ss", "-nK", "sport", "=", f":{port}"):  # it lists what it killed
+        raise Unable("this kernel was built without INET_DIAG_DESTROY")
 
 
 def handover(worker: Worker, claim: str) -> None:

@@ -9,7 +9,7 @@ import socket
 import struct
 
 from ..catalog import scenario
-from ..stage import Stage, Wire, run
+from ..stage import Stage, Wire
 from ..traffic import (
     TCP,
     UDP,
@@ -17,6 +17,7 @@ from ..traffic import (
     V6,
     ask,
     bound,
+    kill_connection,
     listening,
     playing,
     tcp_client,
@@ -185,7 +186,7 @@ def queued_while_unknown(stage: Stage) -> None:
         server.hear()
         server.tell("speak")
         quiet()
-        run("ss", "-K", "sport", "=", f":{port}")
+        kill_connection(port)
         quiet()
         for child in (server, daemon):
             child.tell()

@@ -100,9 +100,8 @@ def nfs_maker(worker: Worker, wire: Wire, family: int, kind: int, keeps: bool) -
         (NFSD / "versions").write_text("-2 -3 +4\n")
         (NFSD / "portlist").write_text(f"{sock.fileno()}\n")
         (NFSD / "threads").write_text("1\n")
-    except (OSError, Unable) as error:
-        wire.tell(f"no NFS server: {error}")
-        return
+    except OSError as error:
+        raise Unable(f"no NFS server: {error}") from error
     wire.tell(sock.getsockname()[:2])
     if keeps:
         wire.hear()
@@ -136,8 +135,6 @@ def serve(stage: Stage, family: int, kind: int, keeps: bool = False, stops: bool
         mapper.hear()
         maker = stage.spawn("maker", nfs_maker, family, kind, keeps)
         peer = maker.hear()
-        if isinstance(peer, str):
-            raise Unable(peer)
         if not keeps:
             maker.join()
         stage.worker.claim_nobody(
