@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from nlproto.engines.ebpf import EbpfEngine
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.pipeline.account import Account
 from nlproto.records.wire import RECORD, Batch, lib
+from waiting import until
 
 _EBPF: list[Engine] = []
 """Engine ebpf, kept from scenario to scenario as a loaded module is: loading takes a while."""
@@ -72,6 +75,14 @@ class Recorder:
             return
         with socket.socket(fileno=os.dup(self.engine._listener.fileno())) as netlink:  # type: ignore[attr-defined]
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+
+    def await_links(self, namespaces: set[int]) -> None:
+        """Wait until each has its Netfilter links: before that, engine ebpf may miss packets."""
+        if not isinstance(self.engine, EbpfEngine) or self.engine._links is None:
+            return
+        loaded, tells = self.engine._object, struct.pack("=I", 2)  # as in bpf/out.h
+        for inode in namespaces:
+            until(lambda: loaded.lookup("links", struct.pack("=I", inode), 4) == tells)  # noqa: B023
 
     def read(self, timeout: float) -> None:
         """Take what there is, waiting up to ``timeout`` seconds for the first."""

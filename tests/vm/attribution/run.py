@@ -143,6 +143,7 @@ def _follow(
                 namespaces |= {os.stat(path).st_ino for path in message["attach"]}
                 recorder = Recorder(engine)
                 recorder.__enter__()
+                recorder.await_links(namespaces)
                 if scenario.lossy:
                     recorder.starve()
                 wire.tell()
