@@ -124,11 +124,11 @@ def interface_counters(interface: str) -> dict[str, int]:
 
 
 def wire_totals(records: np.ndarray, direction: int) -> tuple[int, int]:
-    """Packets and Ethernet bytes that the records stand for."""
+    """Packets that the records stand for, and their bytes from the IP header on."""
     chosen = records[records["dir"] == direction]
     segments = chosen["gso_segs"].astype(np.int64)
     size = chosen["len"].astype(np.int64) + (segments - 1) * chosen["hdr_len"]
-    return int(segments.sum()), int((size + segments * ETHERNET_HEADER).sum())
+    return int(segments.sum()), int(size.sum())
 
 
 def within_one_percent(records: np.ndarray, recorder: Recorder, directory: Path) -> list[str]:
@@ -141,7 +141,9 @@ def within_one_percent(records: np.ndarray, recorder: Recorder, directory: Path)
         packets, size = wire_totals(here, direction)
         for what, got in (("packets", packets), ("bytes", size)):
             wanted = truth[f"{kind}_{what}"]
-            if abs(got - wanted) > 0.01 * wanted:
+            # a veth with GRO counts no Ethernet headers, others do
+            ways = (got, got + packets * ETHERNET_HEADER * (what == "bytes"))
+            if all(abs(way - wanted) > 0.01 * wanted for way in ways):
                 lines.append(f"{kind} {what}: records say {got}, the interface {wanted}")
     if not (here["gso_segs"] > 1).any():
         lines.append("no record stands for several segments: nothing was tested")
