@@ -75,6 +75,8 @@ enum sniffer_limits {
 	SNIFFER_COMM_LEN	= 16,	/* TASK_COMM_LEN */
 	SNIFFER_EXE_LEN		= 256,	/* a longer path keeps its tail */
 	SNIFFER_CGROUP_LEN	= 256,	/* a longer path is left out */
+	SNIFFER_ARGS_LEN	= 256,	/* a longer command line is cut */
+	SNIFFER_PARENTS		= 8,	/* the nearest ones */
 	SNIFFER_BATCH_MAX	= 252,	/* most records in a message */
 	SNIFFER_BATCH_DEFAULT	= 128,	/* fills 16 KiB of pages exactly */
 	SNIFFER_FLUSH_MS_MAX	= 1000,
@@ -250,6 +252,19 @@ enum sniffer_event {
 	SNIFFER_EVENT_DUMP	= 5,	/* answer to GET_PROCESS */
 };
 
+struct sniffer_parent {
+	__u32 tgid;		/* initial pid namespace, 0: no more of them */
+	char comm[SNIFFER_COMM_LEN];
+};
+
+/* How a process began: at its exec, or else when it first used a socket. */
+struct sniffer_start {
+	struct sniffer_parent parents[SNIFFER_PARENTS];	/* real parents, the nearest first */
+	__u32 args_len;		/* of the whole command line, 0: unknown */
+	__u32 reserved;
+	char args[SNIFFER_ARGS_LEN]; /* its beginning, each argument ends with a NUL */
+};
+
 /* A process that uses sockets. */
 struct sniffer_process {
 	__u64 time_ns;		/* of the event, CLOCK_MONOTONIC */
@@ -265,6 +280,7 @@ struct sniffer_process {
 	char exe[SNIFFER_EXE_LEN];	/* NUL-terminated path, empty: unknown */
 	/* New at the end: empty if the message is shorter. */
 	char cgroup[SNIFFER_CGROUP_LEN]; /* of cgroup_id, from the root, NUL-terminated */
+	struct sniffer_start start;	/* only with SEEN and EXEC */
 };
 
 /* A socket of the owner table. */
@@ -383,7 +399,8 @@ static_assert(sizeof(struct sniffer_batch) == 80, "batch");
 static_assert(sizeof(struct sniffer_flow_batch) == 96, "flow batch");
 static_assert(sizeof(struct sniffer_tail) == 48, "tail");
 static_assert(sizeof(struct sniffer_flow_tail) == 64, "flow tail");
-static_assert(sizeof(struct sniffer_process) == 576, "process");
+static_assert(sizeof(struct sniffer_start) == 424, "start");
+static_assert(sizeof(struct sniffer_process) == 1000, "process");
 static_assert(sizeof(struct sniffer_socket) == 96, "socket");
 static_assert(sizeof(struct sniffer_holder) == 16, "holder");
 static_assert(sizeof(struct sniffer_info) == 48, "info");

@@ -12,6 +12,7 @@
 #define NAMES		48	/* of a path, and of mounts on its way, that are followed */
 #define NAME_MASK	255	/* NAME_MAX */
 #define PATH_MASK	255	/* SNIFFER_EXE_LEN - 1 and SNIFFER_CGROUP_LEN - 1 */
+#define MOST_ARGS	0xffffffffUL
 
 struct news {
 	u64 time;
@@ -147,6 +148,45 @@ static __always_inline void number_of(struct task_struct *task, struct sniffer_p
 	it->pidns = BPF_CORE_READ(upid, ns, ns.inum);
 }
 
+/* Copies a comm without what earlier names left after its NUL. */
+static __always_inline void comm_at(char *to, const char *from)
+{
+	__builtin_memset(to, 0, SNIFFER_COMM_LEN);
+	bpf_probe_read_kernel_str(to, SNIFFER_COMM_LEN, from);
+}
+
+static __always_inline void parent_at(struct task_struct *leader, struct sniffer_parent *to)
+{
+	to->tgid = BPF_CORE_READ(leader, tgid);
+	comm_at(to->comm, leader->comm);
+}
+
+/* How current began. Its command line stays empty where a page would have to be fetched. */
+static __always_inline void start_of(struct task_struct *task, struct sniffer_start *start)
+{
+	u64 begin = BPF_CORE_READ(task, mm, arg_start), end = BPF_CORE_READ(task, mm, arg_end);
+	struct task_struct *leader = task;
+	u64 size;
+	u32 i;
+
+	__builtin_memset(start, 0, sizeof(*start));
+	for (i = 0; i < SNIFFER_PARENTS; i++) {
+		leader = BPF_CORE_READ(leader, group_leader, real_parent, group_leader);
+		if (!BPF_CORE_READ(leader, tgid))
+			break;
+		parent_at(leader, &start->parents[i]);
+	}
+	if (end <= begin)
+		return;
+	size = end - begin;
+	if (size > SNIFFER_ARGS_LEN)
+		size = SNIFFER_ARGS_LEN;
+	asm volatile("" : "+r"(size));	/* else the verifier loses the bound */
+	size &= 2 * SNIFFER_ARGS_LEN - 1;
+	if (!bpf_probe_read_user(start->args, size, (void *)begin))
+		start->args_len = end - begin > MOST_ARGS ? MOST_ARGS : end - begin;
+}
+
 /*
  * This processor's place to write a story, NULL while another task writes there. Then
  * the process stays without facts, and user space reads /proc.
@@ -168,7 +208,7 @@ static __always_inline void story_end(struct story *s)
 	__sync_fetch_and_add(&s->busy, -1);
 }
 
-/* Stores the facts about the process of a task (an address). */
+/* Stores the facts about the process of current (an address). */
 __noinline int about(u64 task_address)
 {
 	struct task_struct *task = (void *)task_address;
@@ -190,6 +230,7 @@ __noinline int about(u64 task_address)
 	bpf_probe_read_kernel_str(s->it.comm, SNIFFER_COMM_LEN, leader->comm);
 	exe_of(task, s);
 	cgroup_of(task, s);
+	start_of(task, &s->it.start);
 	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
 	story_end(s);
 	return 0;
@@ -201,6 +242,7 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 	struct sniffer_process *it;
 	struct key key = {};
 	struct story *s;
+	u32 i;
 
 	key.start = parent->group_leader->start_boottime;
 	key.tgid = parent->tgid;
@@ -219,6 +261,9 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 	s->it.start_ns = key.start;
 	s->it.tgid = key.tgid;
 	number_of(child, &s->it);
+	for (i = SNIFFER_PARENTS - 1; i; i--)
+		s->it.start.parents[i] = s->it.start.parents[i - 1];
+	parent_at(parent->group_leader, &s->it.start.parents[0]);
 	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
 	story_end(s);
 }

@@ -104,7 +104,7 @@ struct signal_struct {
 	struct list_head thread_head;
 	struct pid *pids[4];	/* the second is the process's */
 };
-struct mm_struct { struct file *exe_file; };
+struct mm_struct { unsigned long arg_start, arg_end; struct file *exe_file; };
 /* parent up to 6.14, __parent from 6.15 on */
 struct kernfs_node { struct kernfs_node *parent; const char *name; u64 id; };
 struct kernfs_node___new { struct kernfs_node *__parent; };

@@ -18,13 +18,6 @@ static __always_inline void key_at(struct task_struct *task, struct key *key)
 	key->unused = 0;
 }
 
-/* Copies a comm without what earlier names left after its NUL. */
-static __always_inline void comm_at(char *to, const char *from)
-{
-	__builtin_memset(to, 0, SNIFFER_COMM_LEN);
-	bpf_probe_read_kernel_str(to, SNIFFER_COMM_LEN, from);
-}
-
 /* Enters the process of a task (an address), or follows its setuid(). */
 __noinline int process_enter(u64 task_address, struct key *who)
 {

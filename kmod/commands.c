@@ -234,7 +234,7 @@ static int commands_dump_processes(struct sk_buff *skb, struct netlink_callback 
 		sniffer_process_describe(proc, SNIFFER_EVENT_DUMP, &process);
 		head = genlmsg_put(skb, NETLINK_CB(cb->skb).portid, cb->nlh->nlmsg_seq,
 				   &commands_family, NLM_F_MULTI, SNIFFER_CMD_GET_PROCESS);
-		if (!head || nla_put(skb, SNIFFER_A_PROCESS, sizeof(process), &process)) {
+		if (!head || nla_put(skb, SNIFFER_A_PROCESS, SNIFFER_PROCESS_NO_START, &process)) {
 			if (head)
 				genlmsg_cancel(skb, head);
 			index--;

@@ -14,6 +14,7 @@
 
 struct event {
 	struct llist_node node;
+	size_t size;	/* of process, as sent */
 	struct sniffer_process process;
 };
 
@@ -21,16 +22,16 @@ static LLIST_HEAD(events);		/* newest first; lock-free */
 static atomic_t events_waiting;
 static atomic64_t events_dropped;
 
-static void events_send_one(const struct sniffer_process *process)
+static void events_send_one(const struct event *event)
 {
 	struct sk_buff *skb = sniffer_netlink_begin(SNIFFER_GROUP_INDEX_PROCESSES,
-						    sizeof(*process));
+						    event->size);
 
 	if (!skb) {
 		atomic64_inc(&events_dropped);
 		return;
 	}
-	skb_put_data(skb, process, sizeof(*process));
+	skb_put_data(skb, &event->process, event->size);
 	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES);
 }
 
@@ -40,7 +41,7 @@ static void events_send(struct work_struct *work)
 	struct event *event, *next;
 
 	llist_for_each_entry_safe(event, next, list, node) {
-		events_send_one(&event->process);
+		events_send_one(event);
 		atomic_dec(&events_waiting);
 		kfree(event);
 	}
@@ -77,10 +78,14 @@ lost:
 /**
  * sniffer_events_end - queue an event
  * @process: from sniffer_events_begin()
+ * @with_start: it says how the process began
  */
-void sniffer_events_end(struct sniffer_process *process)
+void sniffer_events_end(struct sniffer_process *process, bool with_start)
 {
-	llist_add(&container_of(process, struct event, process)->node, &events);
+	struct event *event = container_of(process, struct event, process);
+
+	event->size = with_start ? sizeof(*process) : SNIFFER_PROCESS_NO_START;
+	llist_add(&event->node, &events);
 	queue_work(system_highpri_wq, &events_work);
 }
 

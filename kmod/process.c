@@ -3,18 +3,15 @@
  * The process table: every process that used a socket, by (tgid, start time). An entry
  * stays for a while after exit, so that late packets still have a name.
  */
-#include <linux/cgroup.h>
 #include <linux/cred.h>
-#include <linux/dcache.h>
 #include <linux/hash.h>
-#include <linux/kernfs.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/pid_namespace.h>
 #include <linux/rculist.h>
 #include <linux/slab.h>
 
-#include "compat.h"
+#include "describe.h"
 #include "events.h"
 #include "process.h"
 
@@ -38,86 +35,17 @@ static DEFINE_RAW_SPINLOCK(process_lock);
 static unsigned int process_used;	/* guarded by process_lock */
 static unsigned int process_changes;	/* guarded by process_lock */
 
-/* Buffer for d_path(), used by its own CPU with interrupts off. */
-static char __percpu *process_path;
-
 static struct hlist_head *process_bucket(u32 tgid)
 {
 	return &process_table[hash_32(tgid, PROCESS_BITS)];
 }
 
-static void process_exe(struct mm_struct *mm, char *exe)
-{
-	unsigned long flags;
-	struct file *file;
-	char *path, *buf;
-	size_t len;
-
-	rcu_read_lock();
-	file = sniffer_exe_file(mm);
-	rcu_read_unlock();
-	if (!file)
-		return;
-
-	local_irq_save(flags);
-	buf = this_cpu_ptr(process_path);
-	/* an exiting task has no root: use the file system's */
-	path = current->fs ? d_path(&file->f_path, buf, PATH_MAX) :
-			     dentry_path_raw(file->f_path.dentry, buf, PATH_MAX);
-	/* user space gets the whole buffer, so clear the rest of an older path */
-	memset(exe, 0, SNIFFER_EXE_LEN);
-	if (!IS_ERR(path)) {
-		len = strlen(path);
-		if (len >= SNIFFER_EXE_LEN) {
-			path += len - (SNIFFER_EXE_LEN - 1);
-			len = SNIFFER_EXE_LEN - 1;
-		}
-		memcpy(exe, path, len);
-	}
-	local_irq_restore(flags);
-	fput(file);
-}
-
 /*
- * Writes the cgroup's path. A process that reads /proc/PID/cgroup later may find that a
- * short-lived container has gone. kernfs_path() takes a lock, so this is a walk of our
- * own. Names on v2 never change. Under RCU.
- */
-static void process_cgroup(struct task_struct *task, struct sniffer_process *about)
-{
-#ifdef CONFIG_CGROUPS
-	struct cgroup *cgroup = rcu_dereference(task->cgroups)->dfl_cgrp;
-	char *start = about->cgroup + SNIFFER_CGROUP_LEN - 1;
-	size_t len;
-
-	about->cgroup_id = cgroup_id(cgroup);
-	memset(about->cgroup, 0, SNIFFER_CGROUP_LEN);
-	for (; cgroup_parent(cgroup); cgroup = cgroup_parent(cgroup)) {
-		const char *name = (__force const char *)READ_ONCE(cgroup->kn->name);
-
-		len = strlen(name);
-		if (len + 1 > start - about->cgroup) {
-			memset(about->cgroup, 0, SNIFFER_CGROUP_LEN);
-			return;
-		}
-		start -= len;
-		memcpy(start, name, len);
-		*--start = '/';
-	}
-	len = strlen(start);
-	memmove(about->cgroup, start, len);
-	memset(about->cgroup + len, 0, SNIFFER_CGROUP_LEN - len);
-#endif
-}
-
-/*
- * @task is current, or a child that does not run yet, or held by task_lock(). So its mm
- * cannot go away.
+ * @task is current, or held by task_lock(). So its mm cannot go away.
  */
 static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 {
 	struct task_struct *leader = task->group_leader;
-	struct sniffer_process *about = &proc->about;
 	struct pid_namespace *ns;
 
 	raw_spin_lock_init(&proc->lock);
@@ -131,44 +59,52 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 
 	rcu_read_lock();
 	proc->uid = __kuid_val(__task_cred(task)->uid);
-	about->ppid = rcu_dereference(leader->real_parent)->tgid;
-	process_cgroup(task, about);
+	proc->ppid = rcu_dereference(leader->real_parent)->tgid;
+	proc->cgroup_id = sniffer_describe_cgroup(task, proc->cgroup);
 	ns = task_active_pid_ns(task);
 	if (ns) {
-		about->pidns = ns->ns.inum;
-		about->ns_tgid = task_tgid_nr_ns(task, ns);
+		proc->pidns = ns->ns.inum;
+		proc->ns_tgid = task_tgid_nr_ns(task, ns);
 	}
 	rcu_read_unlock();
 	if (task->mm && !(task->flags & PF_KTHREAD))
-		process_exe(task->mm, about->exe);
+		sniffer_describe_exe(task->mm, proc->exe);
 }
 
 /**
  * sniffer_process_describe - fill in a process's message
  * @proc: the process, under RCU or with a reference
  * @event: enum sniffer_event
- * @out: filled completely
+ * @out: filled but for @out->start
  */
 void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
 			      struct sniffer_process *out)
 {
-	*out = proc->about;
 	out->time_ns = ktime_get_ns();
 	out->start_ns = proc->start_ns;
+	out->cgroup_id = proc->cgroup_id;
 	out->tgid = proc->tgid;
+	out->ppid = proc->ppid;
 	out->uid = READ_ONCE(proc->uid);
+	out->pidns = proc->pidns;
+	out->ns_tgid = proc->ns_tgid;
 	out->event = event;
 	memcpy(out->comm, proc->comm, SNIFFER_COMM_LEN);
+	memcpy(out->exe, proc->exe, SNIFFER_EXE_LEN);
+	memcpy(out->cgroup, proc->cgroup, SNIFFER_CGROUP_LEN);
 }
 
-static void process_tell(const struct sniffer_proc *proc, u32 what)
+/* @task: the process's, when it is new or a new program; else NULL. */
+static void process_tell(const struct sniffer_proc *proc, u32 what, struct task_struct *task)
 {
 	struct sniffer_process *event = sniffer_events_begin();
 
 	if (!event)
 		return;
 	sniffer_process_describe(proc, what, event);
-	sniffer_events_end(event);
+	if (task)
+		sniffer_describe_start(task, &event->start);
+	sniffer_events_end(event, task);
 }
 
 /**
@@ -189,7 +125,7 @@ struct sniffer_proc *sniffer_process_find(const struct task_struct *task)
 
 /**
  * sniffer_process_get - find or make the entry of a task's process
- * @task: current, a child that does not run yet, or held by task_lock()
+ * @task: current, or held by task_lock()
  *
  * Return: the entry with a reference for the caller, or NULL when the table is
  * full or memory is short.
@@ -227,7 +163,7 @@ struct sniffer_proc *sniffer_process_get(struct task_struct *task)
 	process_changes++;
 	raw_spin_unlock_irqrestore(&process_lock, flags);
 
-	process_tell(fresh, SNIFFER_EVENT_SEEN);
+	process_tell(fresh, SNIFFER_EVENT_SEEN, task);
 	return fresh;
 }
 
@@ -287,9 +223,9 @@ void sniffer_process_exec(struct task_struct *task)
 		sniffer_process_comm(proc->comm, task->group_leader->comm);
 		WRITE_ONCE(proc->ring_numbers, 0);	/* a process's rings end with its program */
 		if (task->mm)
-			process_exe(task->mm, proc->about.exe);
+			sniffer_describe_exe(task->mm, proc->exe);
 		sniffer_process_refresh(proc);
-		process_tell(proc, SNIFFER_EVENT_EXEC);
+		process_tell(proc, SNIFFER_EVENT_EXEC, task);
 	}
 	rcu_read_unlock();
 }
@@ -306,7 +242,7 @@ void sniffer_process_exited(struct task_struct *task)
 	proc = sniffer_process_find(task);
 	if (proc) {
 		WRITE_ONCE(proc->exit_jiffies, jiffies | 1);
-		process_tell(proc, SNIFFER_EVENT_EXIT);
+		process_tell(proc, SNIFFER_EVENT_EXIT, NULL);
 	}
 	rcu_read_unlock();
 }
@@ -355,7 +291,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm)
 	proc = sniffer_process_find(task);
 	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
 		sniffer_process_comm(proc->comm, comm);
-		process_tell(proc, SNIFFER_EVENT_RENAME);
+		process_tell(proc, SNIFFER_EVENT_RENAME, NULL);
 	}
 	rcu_read_unlock();
 }
@@ -477,8 +413,7 @@ int sniffer_process_init(void)
 		       max_processes);
 		return -EINVAL;
 	}
-	process_path = __alloc_percpu(PATH_MAX, 1);
-	return process_path ? 0 : -ENOMEM;
+	return sniffer_describe_init();
 }
 
 /* Nothing runs any more that could read the table. */
@@ -492,5 +427,5 @@ void sniffer_process_exit(void)
 		hlist_for_each_entry_safe(proc, next, &process_table[i], node)
 			sniffer_process_put(proc);
 	rcu_barrier();
-	free_percpu(process_path);
+	sniffer_describe_exit();
 }

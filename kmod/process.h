@@ -34,7 +34,12 @@
  * @lock: guards @uses and @nuses; inside a socket's lock, any context: irqsave, raw
  * @uses: sockets whose user it is and that it has
  * @nuses: how many
- * @about: constant between exec and exit; for events and dumps
+ * @cgroup_id: like those that follow, constant between exec and exit; for events and dumps
+ * @ppid: its real parent's tgid
+ * @pidns: inode of its pid namespace
+ * @ns_tgid: its tgid in there
+ * @exe: path of its program
+ * @cgroup: path of its cgroup
  *
  * A packet needs only the first members: one cache line.
  */
@@ -56,7 +61,12 @@ struct sniffer_proc {
 	struct list_head uses;
 	unsigned int nuses;
 	struct rcu_head rcu;
-	struct sniffer_process about;
+	u64 cgroup_id;
+	u32 ppid;
+	u32 pidns;
+	u32 ns_tgid;
+	char exe[SNIFFER_EXE_LEN];
+	char cgroup[SNIFFER_CGROUP_LEN];
 };
 
 /* True when @proc is the process of @task. */

@@ -17,6 +17,7 @@ from nlproto.engines.packet import PacketEngine
 from nlproto.host import procfs
 from nlproto.pipeline.account import Account
 from nlproto.records import wire
+from nlproto.records.process_event import Event
 from waiting import until
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
@@ -37,7 +38,7 @@ class Run:
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
-    def _take(self, batch: wire.Event) -> None:
+    def _take(self, batch: Event) -> None:
         assert isinstance(batch, wire.Batch)
         copy = wire.decode_batch(wire.encode_batch(batch.head, batch.records))
         self.account.add(copy.head)

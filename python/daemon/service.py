@@ -93,7 +93,11 @@ class Service:
         payers = Payers()
         holders, finder = Holders(), Finder()
         processes = Processes(
-            self._details, config.max_processes, payers=payers, containers=ContainerFiles()
+            self._details,
+            config.max_processes,
+            payers=payers,
+            containers=ContainerFiles(),
+            cmdline=config.cmdline,
         )
         with (
             SocketFile(config.socket) as socket_file,

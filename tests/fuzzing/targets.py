@@ -38,6 +38,7 @@ from nlproto.kernel import netlink
 from nlproto.overheard import dns
 from nlproto.overheard.hello import server_name
 from nlproto.records import wire
+from nlproto.records.process_event import decode_process
 
 __all__ = ["SEEDS", "TARGETS"]
 
@@ -59,7 +60,7 @@ def flows(data: bytes) -> None:
 
 def process(data: bytes) -> None:
     """A message of group `processes`."""
-    wire.decode_process(data)
+    decode_process(data)
 
 
 def first_bytes(data: bytes) -> None:

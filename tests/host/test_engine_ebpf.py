@@ -24,11 +24,11 @@ from nlproto.engines.engine import Engine, open_engine
 from nlproto.kernel.bpf import NoBpf
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
+from nlproto.records.process_event import ProcessEvent
 from nlproto.records.wire import (
     RECORD,
     Batch,
     FirstBytesBatch,
-    ProcessEvent,
     is_named,
     lib,
 )
@@ -264,7 +264,13 @@ def test_a_process_that_is_gone_keeps_its_program_and_parent(engine: Engine) -> 
     child_seen = seen[pids[0]]
     grandchild = next(e for e in seen.values() if e.ppid == pids[1])
     assert child_seen.ppid == os.getpid()
-    for one in (child_seen, grandchild):
+    assert [pid for pid, _ in child_seen.parents[:1]] == [os.getpid()]
+    assert [pid for pid, _ in grandchild.parents[:2]] == [pids[1], os.getpid()]
+    assert grandchild.parents[0][1] == os.path.basename(sys.executable)[:15]
+    for one, script in ((child_seen, send), (grandchild, fork)):
+        words = [sys.executable, "-I", "-S", "-c", script]
+        assert one.args == b"".join(word.encode() + b"\0" for word in words)
+        assert one.args_len == len(one.args)
         assert one.exe == os.path.realpath(sys.executable)
         assert one.comm == os.path.basename(sys.executable)[:15]
         assert (one.uid, one.ns_tgid) == (0, one.tgid)

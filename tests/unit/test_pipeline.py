@@ -18,6 +18,7 @@ from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records import wire
+from nlproto.records.process_event import ProcessEvent
 from nlproto.tables.processes import Processes
 from recording import make_batch, make_records
 from replaying import Replay, pipeline_of
@@ -245,7 +246,7 @@ def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so() -> None:
 
 
 def test_an_exit_takes_the_process_out_of_the_port_map() -> None:
-    exited = wire.ProcessEvent(
+    exited = ProcessEvent(
         9, 5_000_000_000, 0, 100, 1, 0, 0, 0, wire.lib.SNIFFER_EVENT_EXIT, "client", ""
     )
     engine = Replay([make_batch(make_records({}))])

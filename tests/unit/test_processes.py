@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from nlproto.host import procfs
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
-from nlproto.records.wire import ProcessEvent, lib
+from nlproto.records.process_event import ProcessEvent
+from nlproto.records.wire import lib
 from nlproto.tables.processes import Processes
 from nlproto.tables.shares import Payers
 from recording import make_records
@@ -38,6 +40,54 @@ def test_a_process_that_is_gone_keeps_what_the_kernel_told() -> None:
         "/bin/first",
         1234,
     )
+
+
+@pytest.mark.parametrize(
+    "mode, line", [("full", "/bin/first -x a"), ("program", "/bin/first"), ("off", "")]
+)
+def test_one_that_is_gone_keeps_its_command_line_and_parents(mode: str, line: str) -> None:
+    processes = Processes(procfs.details, cmdline=mode)
+    args = b"/bin/first\0-x\0a\0"
+    parents = ((2**22 + 1, "sh"), (2**22 + 2, "make"))
+    processes.add_event(_event(SEEN, args=args, args_len=len(args), parents=parents))
+    processes.add_event(_event(EXIT))
+    process = there(processes.get(2**22 + 5, 77))
+    assert process.cmdline == line
+    assert process.parents == (Parent(2**22 + 1, "sh"), Parent(2**22 + 2, "make"))
+
+
+def test_the_kernel_tells_how_a_living_one_began_and_proc_what_did_not_fit() -> None:
+    """It may have rewritten its command line, and its parent may have gone."""
+    here = there(procfs.identity(os.getpid()))
+    whole = there(procfs.details(here.tgid, here.start_ns, "full"))
+    for size, line in ((4, "sh x"), (400, whole.cmdline)):
+        processes = Processes(
+            lambda pid, start_ns: procfs.details(pid, start_ns, "full"), cmdline="full"
+        )
+        told = dict(args=b"sh\0x", args_len=size, parents=((77, "cron"),), exe=whole.exe)
+        processes.add_event(_event(SEEN, here.tgid, here.start_ns, **told))
+        found = there(processes.get(here.tgid, here.start_ns))
+        assert (found.cmdline, found.parents) == (line, (Parent(77, "cron"),))
+
+
+def test_a_command_line_that_was_cut_says_so() -> None:
+    processes = Processes(cmdline="full")
+    process = processes.add_event(_event(SEEN, args=b"java\0-cp\0lib", args_len=9000))
+    assert process.cmdline == "java -cp lib…[cut]"
+    assert Processes().add_event(_event(SEEN, args=b"java\0-c", args_len=9000)).cmdline == "java"
+
+
+def test_more_parents_than_the_kernel_tells_are_read() -> None:
+    own = procfs.parents(os.getpid(), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    told = [
+        *((2**22 + n, "gone") for n in range(lib.SNIFFER_PARENTS - 1)),
+        (own[0].pid, own[0].comm),
+    ]
+    processes = Processes(procfs.details)
+    now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    processes.add_event(_event(SEEN, start_ns=now, parents=tuple(told)))
+    process = there(processes.get(2**22 + 5, now))
+    assert process.parents == (*(Parent(*one) for one in told[:-1]), *own)
 
 
 def test_a_container_of_a_moment_is_known_from_what_the_kernel_told() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nlproto import UsageError
 from nlproto.host import procfs
 from nlproto.records import wire
+from nlproto.records.process_event import command_line
 from waiting import there
 
 
@@ -155,8 +156,8 @@ def test_a_status_without_a_uid_is_nobody_and_not_root(tmp_path: Path) -> None:
 def test_the_program_is_the_first_word_whatever_is_in_it(
     raw: bytes, program: str, full: str
 ) -> None:
-    assert procfs._arguments(raw, "program") == program
-    assert procfs._arguments(raw, "full") == full
+    assert command_line(raw, "program") == program
+    assert command_line(raw, "full") == full
 
 
 def test_what_a_user_chose_is_kept_up_to_4096_bytes_and_marked_as_cut() -> None:

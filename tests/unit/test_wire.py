@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nlproto import Error, VersionMismatch
 from nlproto.records import wire
 from nlproto.records.clock import Clock
+from nlproto.records.process_event import decode_process
 from waiting import there
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def test_a_count_beyond_the_message_is_an_error() -> None:
         wire.decode_batch(message(2, count=60000))
 
 
-DECODERS = [wire.decode_batch, wire.decode_first_bytes, wire.decode_process]
+DECODERS = [wire.decode_batch, wire.decode_first_bytes, decode_process]
 
 
 @given(st.binary(max_size=1024), st.sampled_from(DECODERS))
@@ -205,18 +206,27 @@ def test_snaps_are_read_one_behind_the_other() -> None:
 def test_a_process_event_becomes_text_and_numbers() -> None:
     one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "comm": b"caf\xc3", "event": 2})
     one.exe = b"/usr/bin/x"
-    event = wire.decode_process(bytes(wire.ffi.buffer(one)))
+    event = decode_process(bytes(wire.ffi.buffer(one)))
     assert (event.tgid, event.comm, event.exe, event.event) == (7, "caf\\xc3", "/usr/bin/x", 2)
+
+
+def test_a_process_event_tells_how_the_process_began() -> None:
+    start = {"args": b"sh\0-c\0", "args_len": 6, "parents": [{"tgid": 5, "comm": b"cron"}]}
+    one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "start": start})
+    raw = bytes(wire.ffi.buffer(one))
+    event = decode_process(raw)
+    assert (event.args, event.args_len, event.parents) == (b"sh\0-c\0", 6, ((5, "cron"),))
+    assert decode_process(raw[:576]).parents == ()
 
 
 def test_a_process_event_of_an_older_module_has_no_cgroup_and_of_a_later_one_has() -> None:
     one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "cgroup": b"/a\xff\r/b"})
     raw = bytes(wire.ffi.buffer(one))
-    assert wire.decode_process(raw + b"more").cgroup == b"/a\xff\r/b"
-    assert wire.decode_process(raw[:320]).cgroup == b""
-    assert wire.decode_process(raw[:400]).tgid == 7
+    assert decode_process(raw + b"more").cgroup == b"/a\xff\r/b"
+    assert decode_process(raw[:320]).cgroup == b""
+    assert decode_process(raw[:400]).tgid == 7
     with pytest.raises(Error):
-        wire.decode_process(raw[:319])
+        decode_process(raw[:319])
 
 
 def test_how_names_are_those_of_the_header() -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, FirstBytesBatch, ProcessEvent, lib
+from nlproto.records.process_event import ProcessEvent
+from nlproto.records.wire import Batch, FirstBytesBatch, lib
 from waiting import patient
 
 __all__ = [

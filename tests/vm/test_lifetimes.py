@@ -26,6 +26,7 @@ from sockets import (
 )
 
 from nlproto.engines.module import ModuleEngine
+from nlproto.host import procfs
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records import wire
 from nlproto.records.wire import Batch, lib
@@ -53,7 +54,8 @@ def test_nothing_is_left_of_the_name_of_an_earlier_program(loaded: None) -> None
     def exe() -> bytes:
         with Sniffer() as sniffer:
             for _, found in sniffer._ask(lib.SNIFFER_CMD_GET_PROCESS, dump=True):
-                one = np.frombuffer(found[lib.SNIFFER_A_PROCESS], wire.PROCESS)[0]
+                raw = bytes(found[lib.SNIFFER_A_PROCESS]).ljust(wire.PROCESS.itemsize, b"\0")
+                one = np.frombuffer(raw, wire.PROCESS)[0]
                 if one["tgid"] == child.pid:
                     return bytes(one["exe"].tobytes())
         return b""
@@ -145,26 +147,41 @@ def test_setuid_and_exec_are_followed_by_who_only_has_a_socket(loaded: None) -> 
 
 def test_a_process_that_lived_a_moment_has_its_program_and_its_end_told(loaded: None) -> None:
     script = "import os, socket; socket.socket(2, 2); os._exit(0)"
+    words = [sys.executable, "-c", script, "x" * lib.SNIFFER_ARGS_LEN]
     with listening("processes") as seen:
-        child = subprocess.Popen([sys.executable, "-c", script])
+        child = subprocess.Popen(words)
         child.wait()
     events = [event for event in seen.processes if event.tgid == child.pid]
     assert [event.event for event in events] == [lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXIT]
     first = events[0]
+    own = procfs.parents(os.getpid(), time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    parents = tuple((one.pid, one.comm) for one in own[: lib.SNIFFER_PARENTS])
     assert first.exe == os.path.realpath(sys.executable)
     assert first.ppid == os.getpid()
+    assert first.parents == parents
+    args = b"".join(word.encode() + b"\0" for word in words)
+    assert (first.args, first.args_len) == (args[: lib.SNIFFER_ARGS_LEN], len(args))
+    assert (events[1].parents, events[1].args) == ((), b"")
     assert first.uid == os.getuid()
     assert first.pidns == os.stat("/proc/self/ns/pid").st_ino
     assert first.cgroup_id > 0
 
 
 def test_exec_is_told_with_the_new_program(loaded: None) -> None:
-    script = "import os, socket; s = socket.socket(2, 2); os.execv('/bin/true', ['true'])"
+    script = (
+        "import os, socket; s = socket.socket(2, 2); os.execv('/bin/true', ['true', 'a b', ''])"
+    )
     with listening("processes") as seen:
         child = subprocess.Popen([sys.executable, "-c", script])
         child.wait()
-    programs = [(e.event, e.exe) for e in seen.processes if e.tgid == child.pid]
-    assert (lib.SNIFFER_EVENT_EXEC, os.path.realpath("/bin/true")) in programs
+    (told,) = (
+        event
+        for event in seen.processes
+        if event.tgid == child.pid and event.event == lib.SNIFFER_EVENT_EXEC
+    )
+    assert told.exe == os.path.realpath("/bin/true")
+    assert told.args == b"true\0a b\0\0"
+    assert told.parents[0][0] == os.getpid()
 
 
 def test_setuid_is_followed(loaded: None) -> None:

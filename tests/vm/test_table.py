@@ -30,7 +30,8 @@ from sockets import (
 )
 
 from nlproto.kernel.netlink import Sniffer
-from nlproto.records.wire import ProcessEvent, lib
+from nlproto.records.process_event import ProcessEvent
+from nlproto.records.wire import lib
 from waiting import until
 
 pytestmark = pytest.mark.usefixtures("loopback_is_up")

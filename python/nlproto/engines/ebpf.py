@@ -26,15 +26,13 @@ from nlproto.host import netns
 from nlproto.kernel.bpf import NoBpf, Ring, possible_cpus, root_cgroup
 from nlproto.records import wire
 from nlproto.records.clock import Clock
+from nlproto.records.process_event import Event, ProcessEvent, decode_process
 from nlproto.records.wire import (
     NO_CPU,
     PROCESS,
     Batch,
-    Event,
     FirstBytesBatch,
     PacketBytes,
-    ProcessEvent,
-    decode_process,
     lib,
 )
 from nlproto.running.descriptors import Wakeup

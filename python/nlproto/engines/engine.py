@@ -12,7 +12,7 @@ from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.host.holders import Holders
 from nlproto.host.netns import Finder
 from nlproto.kernel.loading import advice
-from nlproto.records.wire import Event
+from nlproto.records.process_event import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 

@@ -14,7 +14,8 @@ import numpy as np
 from nlproto.errors import Error, NoModule, VersionMismatch
 from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, Event, FlowBatch, lib
+from nlproto.records.process_event import Event, decode_process
+from nlproto.records.wire import Batch, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
@@ -115,7 +116,7 @@ class ModuleEngine:
         if command == lib.SNIFFER_CMD_FLOWS:
             return self._belonging(wire.decode_flows(payload), FLOWS)
         if command == lib.SNIFFER_CMD_PROCESS:
-            return wire.decode_process(payload)
+            return decode_process(payload)
         if command == lib.SNIFFER_CMD_SNAPS:
             return wire.decode_first_bytes(payload)
         return None

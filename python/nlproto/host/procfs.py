@@ -26,6 +26,7 @@ from nlproto.errors import UsageError
 from nlproto.host import cgroups
 from nlproto.host.cgroups import container_of, unit_of
 from nlproto.host.sockdiag import HOST_SOCKET
+from nlproto.records.process_event import command_line
 from nlproto.records.wire import MAX_TEXT, bounded, dtype_of
 from nlproto.running.budget import UserBudgets
 from nlproto.running.descriptors import or_error
@@ -425,7 +426,8 @@ def details(
         exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
     if cmdline != "off":
         with contextlib.suppress(OSError):
-            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", found.uid), cmdline)
+            raw = _command_lines.read(f"{proc}/{pid}/cmdline", found.uid)
+            arguments = command_line(raw, cmdline)
     with contextlib.suppress(OSError):
         hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
     if identity(pid, proc) != found.identity:
@@ -480,14 +482,6 @@ class _CommandLines:
 
 _command_lines = _CommandLines()
 _CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
-
-
-def _arguments(raw: bytes, mode: str) -> str:
-    """Return a command line. One that its process rewrote ("nginx: worker") has no NUL inside."""
-    words = raw.rstrip(b"\0").split(b"\0")
-    if len(words) == 1:
-        words = raw.rstrip(b"\0").split(b" ")
-    return bounded(b" ".join(words) if mode == "full" else words[0])
 
 
 def user_name(uid: int) -> str:

@@ -21,6 +21,7 @@ from nlproto._host import ffi as host
 from nlproto._host import lib as host_lib
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.records import wire
+from nlproto.records.process_event import ProcessEvent, decode_process
 from nlproto.records.wire import ffi, lib
 from nlproto.running.closing import Closing
 
@@ -347,10 +348,10 @@ class Sniffer(Closing):
         answers = map(_socket_of, self._ask(lib.SNIFFER_CMD_GET_SOCKET, dump=True))
         return list({int(answer[0]["cookie"]): answer for answer in answers}.values())
 
-    def processes(self) -> list[wire.ProcessEvent]:
+    def processes(self) -> list[ProcessEvent]:
         """Return the whole process table, each as an event SNIFFER_EVENT_DUMP."""
         answers = self._ask(lib.SNIFFER_CMD_GET_PROCESS, dump=True)
-        events = (wire.decode_process(found[lib.SNIFFER_A_PROCESS]) for _, found in answers)
+        events = (decode_process(found[lib.SNIFFER_A_PROCESS]) for _, found in answers)
         return list({(event.tgid, event.start_ns): event for event in events}.values())
 
 

@@ -26,13 +26,13 @@ from nlproto.pipeline.queue import MessageQueue
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
+from nlproto.records.process_event import ProcessEvent
 from nlproto.records.wire import (
     BATCH,
     FLOW_RECORD,
     RECORD,
     Batch,
     FlowBatch,
-    ProcessEvent,
     joined,
     lib,
     plain_copy,
@@ -47,7 +47,7 @@ __all__ = ["QUEUE_BYTES", "Pipeline"]
 
 QUEUE_BYTES = 64 << 20
 """Room for batches between receiver and worker."""
-_PROCESS_BYTES = 600  # a ProcessEvent with its strings
+_PROCESS_BYTES = 2000  # a ProcessEvent with its strings
 _CHUNK = 64  # the most batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)

@@ -22,6 +22,7 @@ from nlproto.errors import Error, VersionMismatch
 from nlproto.records.clock import Clock
 
 __all__ = [
+    "CUT",
     "BATCH",
     "COUNTERS",
     "FLOW_BATCH",
@@ -38,10 +39,8 @@ __all__ = [
     "SOCKET",
     "TAIL",
     "Batch",
-    "Event",
     "FlowBatch",
     "Packet",
-    "ProcessEvent",
     "PacketBytes",
     "FirstBytesBatch",
     "address_text",
@@ -51,7 +50,6 @@ __all__ = [
     "decode_array",
     "decode_batch",
     "decode_flows",
-    "decode_process",
     "decode_first_bytes",
     "decode_struct",
     "dtype_of",
@@ -85,7 +83,7 @@ def dtype_of(struct: str, compiled: Any = ffi) -> np.dtype[np.void]:
             return _UNSIGNED[compiled.sizeof(ctype)]
         if ctype.item.cname == "char":
             return f"S{ctype.length}"
-        return (_UNSIGNED[compiled.sizeof(ctype.item)], (ctype.length,))
+        return (field_format(ctype.item), (ctype.length,))
 
     ctype = compiled.typeof(f"struct {struct}")
     return np.dtype(
@@ -160,7 +158,8 @@ def text(raw: bytes) -> str:
 
 MAX_TEXT = 4096
 """The most bytes of UTF-8 that are kept of a text chosen by a user."""
-_CUT = "…[cut]"
+CUT = "…[cut]"
+"""Ends a text that was too long."""
 
 
 def bounded(raw: bytes) -> str:
@@ -171,8 +170,8 @@ def bounded(raw: bytes) -> str:
     whole = raw[: MAX_TEXT + 1].decode("utf-8", "backslashreplace")
     if len(whole) * 4 <= MAX_TEXT or len(whole.encode()) <= MAX_TEXT:
         return whole
-    room = MAX_TEXT - len(_CUT.encode())
-    return whole.encode()[:room].decode("utf-8", "ignore") + _CUT
+    room = MAX_TEXT - len(CUT.encode())
+    return whole.encode()[:room].decode("utf-8", "ignore") + CUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,25 +211,6 @@ class FlowBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessEvent:
-    """One struct sniffer_process; `event` is of enum sniffer_event, times in ns."""
-
-    time_ns: int
-    start_ns: int
-    cgroup_id: int
-    tgid: int
-    ppid: int
-    uid: int
-    pidns: int
-    ns_tgid: int
-    event: int
-    comm: str
-    exe: str
-    cgroup: bytes = b""
-    """Path from the root of cgroup v2; empty if it is the root, too long, or not reported."""
-
-
-@dataclass(frozen=True, slots=True)
 class PacketBytes:
     """The first bytes of one packet, from its IP header on; `head` is one SNAP."""
 
@@ -244,10 +224,6 @@ class FirstBytesBatch:
 
     head: np.void
     first_bytes: tuple[PacketBytes, ...]
-
-
-Event = Batch | FlowBatch | ProcessEvent | FirstBytesBatch
-"""Everything that an engine yields."""
 
 
 def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.ndarray:
@@ -274,6 +250,8 @@ def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
     """Return a mask: is each of `values` one of `some`? Like np.isin(), which would import 2 MB."""
     if not len(some):
         return np.zeros(len(values), bool)
+    if np.array_equal(values, some):
+        return np.ones(len(values), bool)
     some = np.sort(some)
     places = np.searchsorted(some, values)
     places[places == len(some)] = 0
@@ -360,31 +338,6 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
     first["record_size"] = RECORD.itemsize
     first["count"] = len(records)
     return first.tobytes() + records.astype(RECORD, copy=False).tobytes()
-
-
-def decode_process(buf: bytes | memoryview) -> ProcessEvent:
-    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS). Raises Error if too short.
-
-    An older module's event ends before the cgroup.
-    """
-    first = int(ffi.offsetof("struct sniffer_process", "cgroup"))
-    if first <= len(buf) < PROCESS.itemsize:
-        buf = bytes(buf[:first]).ljust(PROCESS.itemsize, b"\0")
-    one = decode_struct(buf, PROCESS)
-    return ProcessEvent(
-        time_ns=int(one["time_ns"]),
-        start_ns=int(one["start_ns"]),
-        cgroup_id=int(one["cgroup_id"]),
-        tgid=int(one["tgid"]),
-        ppid=int(one["ppid"]),
-        uid=int(one["uid"]),
-        pidns=int(one["pidns"]),
-        ns_tgid=int(one["ns_tgid"]),
-        event=int(one["event"]),
-        comm=text(one["comm"]),
-        exe=text(one["exe"]).removesuffix(" (deleted)"),
-        cgroup=bytes(one["cgroup"]).partition(b"\0")[0],
-    )
 
 
 def decode_first_bytes(buf: bytes | memoryview) -> FirstBytesBatch:

@@ -19,7 +19,8 @@ from nlproto.host import cgroups, procfs
 from nlproto.host.containers import ContainerFiles
 from nlproto.host.procfs import TICK_NS, Parent, same_start
 from nlproto.records.ends import Ends, NoEnds
-from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
+from nlproto.records.process_event import ProcessEvent, command_line
+from nlproto.records.wire import CUT, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
 from nlproto.tables.column_table import mix, random_seed
 from nlproto.tables.flows import first_of_processes
@@ -85,8 +86,8 @@ _FIRST = ("cmdline", "ppid", "parents")
 """What it was started with and by; it may rewrite the one, and outlive the other."""
 
 
-def process_of_event(event: ProcessEvent) -> Process:
-    """The Process that an event is about."""
+def process_of_event(event: ProcessEvent, cmdline: str = "program") -> Process:
+    """The Process that an event is about; `cmdline` as for procfs.details()."""
     place = cgroups.NOWHERE
     if event.cgroup:
         place = cgroups.place_of(os.fsdecode(event.cgroup), cgroups.only_root_makes(""))
@@ -97,10 +98,12 @@ def process_of_event(event: ProcessEvent) -> Process:
         ppid=event.ppid or None,
         uid=event.uid,
         exe=event.exe,
+        cmdline=command_line(event.args, cmdline, event.args_len),
         cgroup=bounded(event.cgroup),
         cgroup_id=event.cgroup_id,
         unit=bounded(os.fsencode(place.unit)),
         container=bounded(os.fsencode(place.container)),
+        parents=tuple(Parent(pid, comm) for pid, comm in event.parents),
         pidns=event.pidns,
         ns_tgid=event.ns_tgid,
         exit_ns=event.time_ns if event.event == lib.SNIFFER_EVENT_EXIT else None,
@@ -123,7 +126,8 @@ class Processes:
 
     When full, the payer with most of them gives. Of its programs the one with most does, of
     that the least recently used (nlproto.tables.shares). `details` reads /proc and is asked
-    once per process and once more after an exec. `on_change` is called, without the lock, for
+    once per process and once more after an exec. `cmdline`: what to keep of command lines that
+    the kernel tells, as for procfs.details(). `on_change` is called, without the lock, for
     each process that is new or changed.
     """
 
@@ -134,12 +138,14 @@ class Processes:
         on_change: Callable[[Process], None] | None = None,
         payers: Payers | None = None,
         containers: ContainerFiles | None = None,
+        cmdline: str = "program",
     ) -> None:
         self.ends: Ends = NoEnds()
         """What is known of the far ends of these processes' packets."""
         self._details = details
         self._containers = containers
         self._payers = payers
+        self._cmdline = cmdline
         self._lock = threading.Lock()
         self._seed = random_seed()
         self._table: OrderedDict[ProcessKey, Process] = OrderedDict()
@@ -191,7 +197,7 @@ class Processes:
 
     def add_event(self, event: ProcessEvent) -> Process:
         """Take an event: first use, exec, rename, exit or dump."""
-        told = process_of_event(event)
+        told = process_of_event(event, self._cmdline)
         kind = event.event
         key = told.key
         known = self._known(*key)
@@ -203,6 +209,7 @@ class Processes:
         else:
             names = _KERNEL if known.cgroup else (*_KERNEL, *_CGROUP)
             values = {name: getattr(told, name) for name in names if getattr(told, name)}
+            values |= {name: getattr(known, name) or getattr(told, name) for name in _FIRST}
             process = replace(known, exit_ns=told.exit_ns or known.exit_ns, **values)
         if kind != lib.SNIFFER_EVENT_EXIT:
             process = self._with_details(process)
@@ -305,7 +312,10 @@ class Processes:
         values = {name: value for name in _PROC if (value := getattr(found, name, None))}
         if process.exe and values.get("exe", process.exe) == process.exe:
             for name in _FIRST:
-                values[name] = getattr(process, name) or values.get(name, getattr(process, name))
+                first = getattr(process, name)
+                if not first or (name == "cmdline" and first.endswith(CUT)):
+                    first = values.get(name, first)
+                values[name] = first
         if "cgroup" in values:
             values |= {name: getattr(found, name, "") for name in _CGROUP}
             if values["container"] != process.container:
@@ -352,8 +362,13 @@ class Processes:
         if self._containers is not None and process.container and not process.container_name:
             found = self._containers.find(process.container, process.cgroup)
             more = {"container_name": found.name, "image": found.image, "pod": found.pod}
-        if self._details is not None and process.ppid and not process.parents:
-            more["parents"] = self._parents(process.ppid, process.start_ns)
+        if self._details is not None and process.ppid:
+            if not process.parents:
+                more["parents"] = self._parents(process.ppid, process.start_ns)
+            elif len(process.parents) == lib.SNIFFER_PARENTS:
+                known, last = process.parents[:-1], process.parents[-1]
+                above = procfs.parents(last.pid, process.start_ns)
+                more["parents"] = (*known, *(above if last in above else [last]))
         return replace(process, **more) if any(more.values()) else process
 
     def _parents(self, ppid: int, start_ns: int) -> tuple[Parent, ...]:
