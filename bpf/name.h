@@ -48,13 +48,21 @@ struct about {
 	u64 parent;	/* cookie of the MPTCP socket whose subflow it is, or of its listener's */
 	u64 listener;	/* cookie of a request's */
 	u64 inode;
+	u64 file;	/* address of its file */
+	u16 family;	/* this and the next five: of a full socket only */
+	u16 type;
+	u16 protocol;
+	u16 port;	/* its own */
+	u8 flagged;	/* made by the kernel, it says */
+	u8 kernels;	/* is_kernel() */
+	u8 attached;	/* to a struct socket, so it may have a file */
 	u8 state;
 	u8 fresh;	/* it had no cookie: no probe had ever seen it */
 	u8 full;	/* neither a request nor a TIME_WAIT */
 	u8 servers;	/* the kernel's own, or its server's listener */
 	u8 gone;	/* closed, no process has it */
 	u8 served;	/* a server in the kernel has set its user data */
-	u8 unused[2];
+	u8 unused[7];
 };
 
 /*
@@ -121,7 +129,27 @@ static __always_inline void about_mini(struct sock_common *common, struct about 
 		a->parent = cookie_at(other);
 }
 
-/* Any socket. sk: a typed pointer. */
+/* is_kernel() of what has been read. */
+static __always_inline bool about_kernels(struct sock *sk, const struct about *a)
+{
+	if (!a->flagged && (!a->attached || a->file))
+		return false;
+	return !(a->type == SOCK_STREAM && a->protocol == IPPROTO_TCP &&
+		 BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_mptcp));
+}
+
+/* wants() of what has been read. */
+static __always_inline bool about_wanted(const struct about *a)
+{
+	return !a->flagged && (a->family == AF_INET || a->family == AF_INET6) &&
+	       (a->protocol == IPPROTO_TCP || a->protocol == IPPROTO_UDP ||
+		a->protocol == IPPROTO_MPTCP || a->type == SOCK_RAW);
+}
+
+/*
+ * Any socket. sk: a typed pointer. All is read before the first decision about it: for
+ * each load on each way the verifier searches the kernel's types by name.
+ */
 static __always_inline void about_socket(struct sock *sk, struct about *a)
 {
 	u8 state = sk->__sk_common.skc_state;
@@ -129,6 +157,7 @@ static __always_inline void about_socket(struct sock *sk, struct about *a)
 	struct socket *sock;
 	struct sock *other;
 	struct file *file;
+	u64 data;
 
 	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV) {
 		about_mini(&sk->__sk_common, a);
@@ -138,20 +167,30 @@ static __always_inline void about_socket(struct sock *sk, struct about *a)
 	a->state = state;
 	a->full = 1;
 	a->cookie = sk->__sk_common.skc_cookie.counter;
-	a->fresh = !a->cookie;
-	a->served = is_servers_data((u64)sk->sk_user_data);
-	a->servers = is_kernel(sk) || (state == TCP_LISTEN && a->served);
+	a->family = sk->__sk_common.skc_family;
+	a->port = sk->__sk_common.skc_num;
+	a->type = sk->sk_type;
+	a->protocol = sk->sk_protocol;
+	a->flagged = BPF_CORE_READ_BITFIELD(sk, sk_kern_sock);
 	a->gone = (sk->__sk_common.skc_flags & SOCK_DEAD_BIT) != 0;
+	data = (u64)sk->sk_user_data;
 	sock = sk->sk_socket;
 	if (sock) {
-		file = sock->file;
-		a->inode = file ? file->f_inode->i_ino : 0;
+		a->attached = 1;
 		other = sock->sk;
+		file = sock->file;
+		if (file) {
+			a->inode = file->f_inode->i_ino;
+			a->file = address(file);
+		}
 		if (other && other != sk)
 			a->parent = other->__sk_common.skc_cookie.counter;
 	}
-	if (!a->parent && !a->inode && sk->sk_type == SOCK_STREAM &&
-	    sk->sk_protocol == IPPROTO_TCP &&
+	a->fresh = !a->cookie;
+	a->served = is_servers_data(data);
+	a->kernels = about_kernels(sk, a);
+	a->servers = a->kernels || (state == TCP_LISTEN && a->served);
+	if (!a->parent && !a->inode && a->type == SOCK_STREAM && a->protocol == IPPROTO_TCP &&
 	    bpf_core_type_exists(struct mptcp_subflow_context___x) &&
 	    BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_mptcp)) {
 		context = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_ulp_data);

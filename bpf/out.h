@@ -38,9 +38,9 @@ static __always_inline bool is_again(struct sniffer_record *r, struct sk_buff *s
 }
 
 /* In parts a packet is seen after the last NAT, which may have changed its port. */
-static __always_inline bool is_translated(struct sk_buff *skb)
+static __always_inline bool is_translated(u64 nfct)
 {
-	struct nf_conn *connection = (void *)(skb->_nfct & ~7UL);
+	struct nf_conn *connection = (void *)(nfct & ~7UL);
 
 	return connection && bpf_core_type_exists(struct nf_conn) &&
 	       BPF_CORE_READ(connection, status) & NAT_DONE;
@@ -99,11 +99,10 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 	bool trusted = in_task_only(current) && !(current->flags & PF_KTHREAD);
+	u64 nfct = parts ? skb->_nfct : 0;
 	struct sock *sk = skb->sk;
 	struct about a = {};
-	struct socket *sock;
-	u16 family, port;
-	u64 file;
+	struct net *its;
 	u8 state;
 
 	/*
@@ -132,27 +131,26 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 			out_context(r, 0, 0);
 		return;
 	}
+	its = sk->__sk_common.skc_net.net;
 	about_socket(sk, &a);
-	if (a.full && a.servers && is_kernel(sk)) {
-		if (sk->sk_type == SOCK_STREAM)
+	if (a.full && a.kernels) {
+		if (a.type == SOCK_STREAM)
 			name(r, &a, SNIFFER_HOW_SOCKET);
 		else
 			answer(r, 1, 0);
 		return;
 	}
 	/* the kernel wraps UDP around a packet whose sender the socket still is */
-	if (r->proto == IPPROTO_UDP && !(parts && is_translated(skb))) {
-		family = sk->__sk_common.skc_family;
-		port = sk->__sk_common.skc_num;
-		if (!a.full || (family != AF_INET && family != AF_INET6) ||
-		    (sk->sk_type != SOCK_RAW &&
-		     (sk->sk_protocol != IPPROTO_UDP || (port && port != r->sport)))) {
+	if (r->proto == IPPROTO_UDP && !(parts && is_translated(nfct))) {
+		if (!a.full || (a.family != AF_INET && a.family != AF_INET6) ||
+		    (a.type != SOCK_RAW &&
+		     (a.protocol != IPPROTO_UDP || (a.port && a.port != r->sport)))) {
 			name_kernel(r);
 			return;
 		}
 	}
 	/* ipvlan: the packet of another namespace on its way through this one */
-	if (sk->__sk_common.skc_net.net != net) {
+	if (its != net) {
 		r->dir = SNIFFER_DIR_FWD;
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
@@ -160,13 +158,11 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	/* no helper takes the socket of a tracepoint or of Netfilter; its cookie is there */
 	if (helper && !a.cookie)
 		a.cookie = bpf_get_socket_cookie(sk);
-	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
+	if (!trusted || !a.full || a.state == TCP_LISTEN || !about_wanted(&a))
 		goto table;
 	if (out_plain(r, &a, current))
 		return;
-	sock = sk->sk_socket;
-	file = sock ? address(sock->file) : 0;
-	if ((sock && !file) || !use(a.cookie, file, 0))
+	if ((a.attached && !a.file) || !use(a.cookie, a.file, 0))
 		goto table;
 	out_context(r, a.cookie, a.inode);
 	return;
