@@ -43,6 +43,7 @@ _NEW = 2000
 _SEARCH_NS = 200_000_000
 """How long a look may search; root's sockets come first, and the next look goes on."""
 _WALK_S = 0.2  # to wait for a walk before
+_WALK_SHARE = 500  # such walks take this part of one core
 _LOOK_S = 0.1  # to wait for a look for new namespaces
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
@@ -263,9 +264,11 @@ class KernelSockets:
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            if now - self._holders.walked_ns > _HELD_NS:
-                self._holders.walk_beside(_WALK_S)
             numbers, rows = _connected(tables)
+            holders = self._holders
+            age_ns = now - holders.walked_ns
+            if len(rows) and age_ns > max(_HELD_NS, _WALK_SHARE * holders.walk_took_ns):
+                holders.walk_beside(_WALK_S)
             self._waiting = list(zip(numbers.tolist(), rows, strict=True))
             self._asked = rows["cookie"]
         part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]

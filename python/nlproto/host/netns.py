@@ -59,7 +59,9 @@ _YOUNG_NS = 2_000_000_000
 """A process that will enter another namespace does so soon after its birth."""
 _ROUND_NS, _SHARE = 1_000_000_000, 500
 """Reading all others takes at least so long, and at most this part of the time."""
-_SAME_NS = 200_000_000  # for so long an answer stands while no process comes or goes
+_FEW = 256  # new numbers of processes are tried one by one, others mean a list of all
+_LIST_NS, _LIST_SHARE = 1_000_000_000, 1000  # between two such lists, and of the time
+_SAME_NS = 240_000_000  # for so long an answer stands while no process comes or goes
 _MISS_NS = 50_000_000  # between two readings of addresses for one that is not known
 _NAMES_NS = 5_000_000_000  # between two readings of names that have not changed
 
@@ -136,7 +138,7 @@ class Finder:
     """Finds network namespaces again and again, at little cost. For any thread.
 
     A process is read when it is new, and some more times while it is young. After that it is read
-    in turn, because it may enter another namespace. Only new processes cause a list of all.
+    in turn, because it may enter another namespace. A list of all tells now and then who has gone.
     """
 
     def __init__(
@@ -151,7 +153,11 @@ class Finder:
         self._lock = threading.Lock()
         self._births = procfs.Births(proc)
         self._alive: tuple[int, int] | None = None
-        """The census when all processes were listed."""
+        """The last census: since then nobody has come."""
+        self._listed: tuple[int, int] | None = None
+        """That when all processes were listed."""
+        self._list_again_ns = 0
+        """When they may be listed again although few have come."""
         self._of: dict[int, int] = {}
         """Maps each process to its namespace; 0: it may not be read."""
         self._young: dict[int, int] = {}
@@ -164,7 +170,8 @@ class Finder:
         self._names: dict[int, Path] = {}
         self._named_ns = (0, 0)
         """When the names last changed, and when they were last read."""
-        self._found: dict[int, Path] = {}
+        self._first: dict[int, int] = {}
+        """Maps each namespace to a process in it."""
         self._told_ns = -_SAME_NS
 
     def close(self) -> None:
@@ -177,31 +184,49 @@ class Finder:
             now = self._now_ns()
             alive = self._births.census()
             changed = alive is None or alive != self._alive
+            if not changed and alive != self._listed and now >= self._list_again_ns:
+                changed = True
             if not (changed or self._young) and now - self._told_ns < _SAME_NS:
-                return self._names | self._found
+                return self._known()
             self._told_ns = now
-            if changed:
-                self._list(now, alive)
+            listed = changed and self._count(now, alive)
             some = list(self._young) + self._next(now)
             self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-            if self._ask(some) or changed:
-                first: dict[int, int] = {}
+            if self._ask(some) or listed:
+                self._first = {}
                 for pid, inode in self._of.items():
-                    first.setdefault(inode, pid)
-                first.pop(0, None)
-                self._found = {inode: self._proc / f"{pid}/ns/net" for inode, pid in first.items()}
+                    self._first.setdefault(inode, pid)
             self._read_names(now)
-            return self._names | self._found
+            return self._known()
 
-    def _list(self, now: int, alive: tuple[int, int] | None) -> None:
-        """List all processes; `alive`: the census before it."""
-        pids = procfs.pids(self._proc)
-        self._alive = alive
-        new = [pid for pid in pids if pid not in self._of]
-        self._of = {pid: self._of.get(pid, 0) for pid in pids}
-        self._young = {pid: at for pid, at in self._young.items() if pid in self._of}
+    def _known(self) -> dict[int, Path]:
+        first = {inode: self._proc / f"{pid}/ns/net" for inode, pid in self._first.items() if inode}
+        return self._names | first
+
+    def _count(self, now: int, alive: tuple[int, int] | None) -> bool:
+        """Learn who has come. Returns whether it has listed all, which tells who has gone.
+
+        `alive`: the census before.
+        """
+        before, self._alive = self._alive, alive
+        newest = before[1] if before else 0
+        came = alive[1] - newest if alive and newest else -1
+        listed = not 0 <= came <= _FEW or now >= self._list_again_ns
+        if not listed:
+            numbers = range(newest + 1, newest + came + 1)
+            new = [pid for pid in numbers if pid not in self._of and procfs.is_process(pid)]
+            self._of |= dict.fromkeys(new, 0)
+        else:
+            began = self._now_ns()
+            pids = procfs.pids(self._proc)
+            self._listed = alive
+            self._list_again_ns = now + max(_LIST_NS, _LIST_SHARE * (self._now_ns() - began))
+            new = [pid for pid in pids if pid not in self._of]
+            self._of = {pid: self._of.get(pid, 0) for pid in pids}
+            self._young = {pid: at for pid, at in self._young.items() if pid in self._of}
         self._young |= dict.fromkeys(new, now)
         self._waiting.extend(new)
+        return listed
 
     def _next(self, now: int) -> list[int]:
         """Return whose turn it is to be read again."""
@@ -219,17 +244,21 @@ class Finder:
         return some
 
     def _ask(self, pids: list[int]) -> bool:
-        """Read their namespaces. Returns whether one has another one than before."""
+        """Read their namespaces. Returns whether one left a namespace that it stood for."""
         if not pids:
             return False
         began = self._now_ns()
         inodes = ffi.new("uint64_t[]", len(pids))
         lib.host_net_namespaces(bytes(self._proc), pids, len(pids), inodes)
         self._cost_ns = max(1, (self._now_ns() - began) // len(pids))
-        now_of = dict(zip(pids, ffi.unpack(inodes, len(pids)), strict=True))
-        changed = any(self._of[pid] != inode for pid, inode in now_of.items())
-        self._of |= now_of
-        return changed
+        left = False
+        for pid, inode in zip(pids, ffi.unpack(inodes, len(pids)), strict=True):
+            before = self._of[pid]
+            if before != inode:
+                self._of[pid] = inode
+                left |= self._first.get(before) == pid
+                self._first.setdefault(inode, pid)
+        return left
 
     def _read_names(self, now: int) -> None:
         """Read the names if they have changed, and now and then: a name comes before its mount."""
