@@ -43,7 +43,7 @@ _NEW = 2000
 _SEARCH_NS = 200_000_000
 """How long a look may search; root's sockets come first, and the next look goes on."""
 _WALK_S = 0.2  # to wait for a walk before
-_WALK_SHARE = 500  # such walks take this part of one core
+_WALK_SHARE = 1000  # such walks, when all is known, take this part of one core
 _LOOK_S = 0.1  # to wait for a look for new namespaces
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
@@ -215,12 +215,14 @@ class KernelSockets:
         new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
         unheld = {one: None for one, owners in self._held.items() if not owners}
+        rest_ns = _WALK_SHARE * self._holders.walk_took_ns
         if not unheld.keys() <= self._unheld:
-            self._unheld_times = self._unheld_ns = 0
+            self._unheld_times, self._unheld_ns = 0, self._holders.walked_ns + rest_ns
         self._unheld = set(unheld)
         ports |= self._ask(bound[_in_turn(bound, new) if before.size else new])
         if unheld and self._now_ns() >= self._unheld_ns and self._unheld_budget.allows():
-            self._unheld_ns = self._now_ns() + min(_UNHELD_NS << self._unheld_times, _ROUND_NS)
+            pause_ns = min(_UNHELD_NS << self._unheld_times, _ROUND_NS)
+            self._unheld_ns = self._now_ns() + max(pause_ns, rest_ns)
             self._unheld_times = min(self._unheld_times + 1, 10)
             with self._unheld_budget.spend():
                 rows = _rows_of(random.sample(list(unheld), min(len(unheld), _NEW)), cookies, order)
