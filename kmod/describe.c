@@ -15,9 +15,9 @@
 #include <linux/string.h>
 #include <linux/uaccess.h>
 
+#include "comm.h"
 #include "compat.h"
 #include "describe.h"
-#include "process.h"
 
 /* Buffer for d_path(), used by its own CPU with interrupts off. */
 static char __percpu *describe_path;
@@ -144,7 +144,7 @@ void sniffer_describe_start(struct task_struct *task, struct sniffer_start *out)
 		if (!task->tgid)
 			break;
 		out->parents[i].tgid = task->tgid;
-		sniffer_process_comm(out->parents[i].comm, task->group_leader->comm);
+		sniffer_comm_copy(out->parents[i].comm, task->group_leader->comm);
 	}
 	rcu_read_unlock();
 }

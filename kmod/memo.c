@@ -235,7 +235,7 @@ static bool memo_is_name(const char *raw, const char *name)
 
 	if (likely(memo_is_comm(raw, name)))
 		return true;
-	sniffer_process_comm(clean, raw);
+	sniffer_comm_copy(clean, raw);
 	return memo_is_comm(clean, name);
 }
 

@@ -469,7 +469,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->tid = current->pid;
 	r->start_ns = current->group_leader->start_boottime;
 	r->uid = __kuid_val(current_uid());
-	sniffer_process_comm(r->comm, current->group_leader->comm);
+	sniffer_comm_copy(r->comm, current->group_leader->comm);
 	owner = found.owner;
 	user = owner ? rcu_dereference(owner->user) : NULL;
 	if (!user)

@@ -52,7 +52,7 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 	INIT_LIST_HEAD(&proc->uses);
 	proc->tgid = task->tgid;
 	proc->start_ns = leader->start_boottime;
-	sniffer_process_comm(proc->comm, leader->comm);
+	sniffer_comm_copy(proc->comm, leader->comm);
 	/* first seen when it closes its sockets: its exit event has passed */
 	if (!atomic_read(&task->signal->live))
 		proc->exit_jiffies = jiffies | 1;
@@ -220,7 +220,7 @@ void sniffer_process_exec(struct task_struct *task)
 	rcu_read_lock();
 	proc = sniffer_process_find(task);
 	if (proc) {
-		sniffer_process_comm(proc->comm, task->group_leader->comm);
+		sniffer_comm_copy(proc->comm, task->group_leader->comm);
 		WRITE_ONCE(proc->ring_numbers, 0);	/* a process's rings end with its program */
 		if (task->mm)
 			sniffer_describe_exe(task->mm, proc->exe);
@@ -290,7 +290,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm)
 	rcu_read_lock();
 	proc = sniffer_process_find(task);
 	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
-		sniffer_process_comm(proc->comm, comm);
+		sniffer_comm_copy(proc->comm, comm);
 		process_tell(proc, SNIFFER_EVENT_RENAME, NULL);
 	}
 	rcu_read_unlock();

@@ -6,10 +6,9 @@
 #include <linux/refcount.h>
 #include <linux/sched.h>
 #include <linux/spinlock.h>
-#include <linux/string.h>
 #include <linux/types.h>
-#include <asm/word-at-a-time.h>
 
+#include "comm.h"
 #include "shared_proto.h"
 
 /**
@@ -74,30 +73,6 @@ static inline bool sniffer_process_is(const struct sniffer_proc *proc,
 				      const struct task_struct *task)
 {
 	return proc->tgid == task->tgid && proc->start_ns == task->group_leader->start_boottime;
-}
-
-/*
- * A task's comm may have bytes of earlier names behind its NUL. They must not reach the
- * wire. Two words at a time, because each sent packet has a comm.
- */
-static inline void sniffer_process_comm(char *to, const char *comm)
-{
-	const struct word_at_a_time constants = WORD_AT_A_TIME_CONSTANTS;
-	unsigned long words[SNIFFER_COMM_LEN / sizeof(long)], zeros;
-	bool ended = false;
-	unsigned int i;
-
-	memcpy(words, comm, sizeof(words));
-	for (i = 0; i < ARRAY_SIZE(words); i++) {
-		if (ended) {
-			words[i] = 0;
-		} else if (has_zero(words[i], &zeros, &constants)) {
-			zeros = prep_zero_mask(words[i], zeros, &constants);
-			words[i] &= zero_bytemask(create_zero_mask(zeros));
-			ended = true;
-		}
-	}
-	memcpy(to, words, sizeof(words));
 }
 
 struct sniffer_proc *sniffer_process_find(const struct task_struct *task);

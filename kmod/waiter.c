@@ -54,7 +54,7 @@ void sniffer_waiter_name(struct sniffer_record *r, struct sock *sk)
 		r->tid = task->pid;
 		r->start_ns = task->group_leader->start_boottime;
 		r->uid = __kuid_val(task_uid(task));
-		sniffer_process_comm(r->comm, task->group_leader->comm);
+		sniffer_comm_copy(r->comm, task->group_leader->comm);
 		r->flags &= ~SNIFFER_F_AMBIGUOUS;
 	}
 	if (others)
