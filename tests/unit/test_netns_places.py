@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from nlproto.engines import namespaces
 from nlproto.engines.namespaces import CapturedNamespaces
-from nlproto.host import netns
+from nlproto.host import netns, procfs
 from waiting import until
 
 OWN = 1
@@ -178,3 +179,20 @@ def test_roots_are_opened_at_the_same_time_and_users_one_by_one(
         assert places.left_out == 0
     finally:
         places.close()
+
+
+def test_a_new_process_is_found_by_its_number_without_a_list_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A list of 2,000 took 3 ms, four times a second, whenever any process came or went."""
+    lists: list[object] = []
+    pids = procfs.pids
+    monkeypatch.setattr(procfs, "pids", lambda *some: lists.append(some) or pids(*some))
+    finder = netns.Finder(now_ns=lambda: 1_000_000_000_000)
+    finder.paths()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        finder.paths()
+        child.kill()
+    finder.close()
+    assert finder._of[child.pid] == netns.own()
+    assert len(lists) == 1
