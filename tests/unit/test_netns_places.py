@@ -185,9 +185,14 @@ def test_a_new_process_is_found_by_its_number_without_a_list_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A list of 2,000 took 3 ms, four times a second, whenever any process came or went."""
-    lists: list[object] = []
+    lists: list[Path] = []
     pids = procfs.pids
-    monkeypatch.setattr(procfs, "pids", lambda *some: lists.append(some) or pids(*some))
+
+    def listed(proc: Path) -> list[int]:
+        lists.append(proc)
+        return pids(proc)
+
+    monkeypatch.setattr(procfs, "pids", listed)
     finder = netns.Finder(now_ns=lambda: 1_000_000_000_000)
     finder.paths()
     with subprocess.Popen(["sleep", "60"]) as child:
